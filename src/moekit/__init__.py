@@ -1,0 +1,3 @@
+"""moekit: the workbench for Mixture-of-Experts language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: lazy reading by tensor and by expert, streamed atomic writing."""
