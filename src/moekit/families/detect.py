@@ -1,0 +1,348 @@
+"""detect(checkpoint) -> Layout: what an MoE checkpoint is, from its config and safetensors headers alone."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moekit.checkpoint.reader import DTYPES, Checkpoint
+from moekit.errors import CheckpointError, ModelError
+from moekit.families.family import Family, family_of
+from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
+from moekit.families.probe import probe_router
+from moekit.families.stock import ExpertsAt, build, find_experts, load_config, quantisation
+from moekit.layout import ExpertTensor, Layout, MoELayer, Part
+
+EXPERT_COUNT = re.compile(r"expert(?!.*(per_tok|top_?k|shared|size|dim|layer|freq|interval|step|group|capacity|null|hash|scale|width))")
+SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+GROUP_KEYS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"), ("num_groups", "topk_groups"), ("moe_n_group", "moe_topk_group"))
+
+
+@dataclass
+class Understanding:
+    """A layout together with what it was read from: the stock config, the weightless model, and where each tensor goes."""
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    family: Family
+    experts: list[ExpertsAt]
+    placed: dict[str, Placement]
+    unused: list[str]
+    layout: Layout
+
+
+def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Understanding:
+    """Read a checkpoint's structure.
+
+    Raises:
+        ModelError: dense, unsupported family, unknown type, remote code, or a refused quantisation.
+        CheckpointError: parameters that the stock model needs are not on disk.
+    """
+    config = load_config(checkpoint.path, checkpoint.config, trust_remote_code)
+    method = quantisation(config)
+    family = family_of(config.get_text_config().model_type)
+    if family.unsupported:
+        raise ModelError(f"the family {config.model_type!r} is not supported", where=checkpoint.path, got=family.unsupported, fix="see docs/families.md")
+    model = build(config, trust_remote_code=trust_remote_code)
+    experts = find_experts(model, family.is_experts)
+    if not experts:
+        raise ModelError(
+            "this is a dense model: it has no experts", where=checkpoint.path, got=f"model_type {config.model_type!r}", fix="moekit works on Mixture-of-Experts models"
+        )
+    if len({x.layers_path for x in experts}) > 1:
+        raise ModelError("experts lie in several stacks of layers, which is not supported", where=checkpoint.path, got=sorted({x.layers_path for x in experts}))
+    names = NameMap(model)
+    placed, unused = names.place_all(checkpoint.tensors)
+    keys = expert_count_keys(config, {_num_experts(model, at) for at in experts})
+    axes = grown_axes(names.shapes, _grown_shapes(config, keys, trust_remote_code))
+    layers = _layers(checkpoint, config, model, family, experts, placed, axes)
+    layers += _mtp_layers(checkpoint, layers, unused)
+    parts = _parts(checkpoint, placed, unused, layers, experts[0].layers_path)
+    text = config.get_text_config()
+    stack = model.get_submodule(experts[0].layers_path)
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] += info.bytes
+    layout = Layout(
+        family=config.model_type,
+        architecture=type(model).__name__,
+        hidden_size=text.hidden_size,
+        num_layers=len(stack),
+        vocab_size=text.vocab_size,
+        dtype=str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch."),
+        quantisation=method,
+        layers=tuple(layers),
+        parts=parts,
+        active_params=_active(parts, layers),
+        expert_count_keys=keys,
+        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+    _check_complete(checkpoint, model, placed)
+    return Understanding(config, model, family, experts, placed, unused, layout)
+
+
+def _num_experts(model: nn.Module, at: ExpertsAt) -> int:
+    return model.get_submodule(at.path).down_proj.shape[0]
+
+
+def _walk(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def expert_count_keys(config: PretrainedConfig, counts: set[int]) -> tuple[str, ...]:
+    """Dotted config keys that state the number of routed experts, with the aliases that older readers know."""
+    keys = []
+    for dotted, value in _walk(config.to_dict()):
+        name = dotted.rsplit(".", 1)[-1]
+        numbers = value if isinstance(value, list) else [value]
+        if EXPERT_COUNT.search(name) and all(type(x) is int for x in numbers) and counts <= set(numbers):
+            keys.append(dotted)
+    if not keys:
+        raise ModelError("the config does not say how many experts there are", got=f"experts modules with {sorted(counts)} experts")
+    for dotted in list(keys):
+        prefix, _, name = dotted.rpartition(".")
+        owner = config
+        for part in filter(None, prefix.split(".")):
+            owner = getattr(owner, part)
+        aliases = [alias for alias, real in (type(owner).attribute_map or {}).items() if real == name and EXPERT_COUNT.search(alias)]
+        keys += [f"{prefix}.{alias}" if prefix else alias for alias in aliases]
+    return tuple(dict.fromkeys(keys))
+
+
+def set_expert_count(settings: dict, keys: tuple[str, ...], count: int | list[int]) -> dict:
+    """A copy of a config dict with the number of experts replaced under every key of `keys` (added where absent)."""
+    out = copy.deepcopy(settings)
+    for dotted in keys:
+        *path, name = dotted.split(".")
+        owner = out
+        for part in path:
+            owner = owner.setdefault(part, {})
+        old = owner.get(name)
+        owner[name] = [count] * len(old) if isinstance(old, list) and isinstance(count, int) else count
+    return out
+
+
+def _grown_shapes(config: PretrainedConfig, keys: tuple[str, ...], trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    larger = copy.deepcopy(config)
+    for dotted in keys:
+        *path, name = dotted.split(".")
+        owner = larger
+        for part in path:
+            owner = getattr(owner, part)
+        value = getattr(config if not path else owner, name)
+        if dotted in keys and name not in (type(owner).attribute_map or {}):
+            setattr(owner, name, [2 * x for x in value] if isinstance(value, list) else 2 * value)
+    grown = build(larger, trust_remote_code=trust_remote_code)
+    return {key: tuple(tensor.shape) for key, tensor in grown.state_dict().items()}
+
+
+def router_path(experts_path: str, keys: list[str]) -> str:
+    """The module that routes for `experts_path`: the branch beside the experts that holds parameters with an expert axis."""
+    experts = experts_path.split(".")
+    best: tuple[int, str] = (0, "")
+    for key in keys:
+        parts = key.split(".")
+        common = next((i for i, (a, b) in enumerate(zip(experts, parts, strict=False)) if a != b), len(experts))
+        if common < len(experts) and common >= best[0] and len(parts) > common + 1:
+            best = (common, ".".join(parts[: common + 1]))
+    return best[1]
+
+
+def _groups(config: PretrainedConfig) -> tuple[int, int]:
+    text = config.get_text_config()
+    for total, kept in GROUP_KEYS:
+        values = getattr(text, total, None), getattr(text, kept, None)
+        if all(isinstance(x, int) and x > 0 for x in values) and values[0] > values[1]:
+            return values
+    return 1, 1
+
+
+def _shared(config: PretrainedConfig, block: nn.Module) -> int:
+    if not any("shared" in name for name, _ in block.named_parameters()):
+        return 0
+    text = config.get_text_config()
+    counts = [getattr(text, key, None) for key in SHARED_COUNT]
+    return next((x for x in counts if isinstance(x, int) and x > 0), 1)
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    family: Family,
+    experts: list[ExpertsAt],
+    placed: dict[str, Placement],
+    axes: dict[str, int],
+) -> list[MoELayer]:
+    in_layer = defaultdict(list)
+    depth = len(experts[0].layers_path.split("."))
+    for placement in placed.values():
+        parts = placement.key.split(".")
+        if placement.key in axes and placement.key.startswith(experts[0].layers_path + ".") and parts[depth].isdigit():
+            in_layer[int(parts[depth])].append(placement)
+    probed: dict[tuple, tuple] = {}
+    layers = []
+    for at in experts:
+        module = model.get_submodule(at.path)
+        count = module.down_proj.shape[0]
+        prefix = f"{at.layers_path}.{at.layer}."
+        keys = [key for key in axes if key.startswith(prefix) and not key.startswith(at.path + ".")]
+        where = router_path(at.path, keys)
+        described = family.router(config, at.layer)
+        if described is None:
+            described = _probe(probed, family, model, config, where, count, axes)
+        router, top_k = described
+        tensors = []
+        expert_bytes = 0
+        for placement in sorted(in_layer[at.layer], key=lambda x: (x.key, x.expert or 0, x.name)):
+            info = checkpoint.tensors[placement.name]
+            is_expert = placement.key.startswith(at.path + ".")
+            axis = disk_axis(placement, info.shape, axes[placement.key], count)
+            if axis is None and placement.expert is None:
+                raise ModelError("cannot tell which axis of this tensor counts the experts", where=f"{checkpoint.path}: {placement.name}", got=list(info.shape))
+            tensors.append(ExpertTensor(placement.name, "expert" if is_expert else "router", placement.expert, axis))
+            expert_bytes += info.bytes if is_expert else 0
+        if not tensors:
+            raise CheckpointError("the experts of a layer are not on disk", where=f"{checkpoint.path}: {at.path}", fix="the checkpoint is incomplete")
+        block = model.get_submodule(at.path.rpartition(".")[0])
+        layers.append(
+            MoELayer(
+                index=at.layer,
+                experts_path=at.path,
+                num_experts=count,
+                top_k=top_k,
+                router=router,
+                inner_size=_inner_size(module),
+                shared_experts=_shared(config, block),
+                tensors=tuple(tensors),
+                expert_bytes=expert_bytes // count,
+            )
+        )
+    return layers
+
+
+def _inner_size(experts: nn.Module) -> int:
+    other = {tuple(experts.down_proj.shape[1:])}
+    sizes = [size for shape in other for size in shape]
+    declared = [getattr(experts, name, None) for name in ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")]
+    return next((x for x in declared if x in sizes), min(sizes))
+
+
+def _probe(
+    probed: dict[tuple, tuple],
+    family: Family,
+    model: nn.Module,
+    config: PretrainedConfig,
+    where: str,
+    count: int,
+    axes: dict[str, int],
+) -> tuple:
+    module = model.get_submodule(where)
+    scalars = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None) and k != "layer_idx"))
+    signature = (type(module), scalars, count)
+    if signature not in probed:
+        local = {key.removeprefix(where + "."): axis for key, axis in axes.items() if key.startswith(where + ".")}
+        try:
+            probed[signature] = probe_router(family, module, count, config.get_text_config().hidden_size, _groups(config), local)
+        except (TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise ModelError(
+                "this family's router is not understood", where=f"{type(model).__name__}: {where}", got=str(error)[:300], fix="see docs/families.md; please report it"
+            ) from error
+    return probed[signature]
+
+
+def _mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]) -> list[MoELayer]:
+    """Multi-token-prediction layers: on disk, shaped like the MoE layers, unknown to the stock model."""
+    template = layers[-1]
+    anchor = template.tensors[0].name
+    for at in re.finditer(rf"\.{template.index}\.", anchor):
+        tails = {x.name[at.end() :]: x for x in template.tensors if x.name.startswith(anchor[: at.end()])}
+        if len(tails) == len(template.tensors):
+            break
+    else:
+        return []
+    found: dict[str, list[ExpertTensor]] = defaultdict(list)
+    for name in unused:
+        for match in re.finditer(r"\.\d+\.", name):
+            if name[match.end() :] in tails:
+                found[name[: match.end()]].append(replace(tails[name[match.end() :]], name=name))
+                break
+    out = []
+    for offset, prefix in enumerate(sorted(found)):
+        tensors = tuple(found[prefix])
+        if any(x.role == "expert" for x in tensors):
+            size = sum(checkpoint.tensors[x.name].bytes for x in tensors if x.role == "expert") // template.num_experts
+            out.append(replace(template, index=layers[-1].index + 1 + offset, experts_path=prefix.rstrip("."), tensors=tensors, expert_bytes=size, mtp=True))
+    return out
+
+
+def _params(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.tensors[name]
+    if name.endswith("_blocks"):
+        return 2 * info.bytes  # two 4-bit values a byte
+    return 0 if name.endswith(("_scales", "_scale_inv")) else prod(info.shape)
+
+
+def _parts(checkpoint: Checkpoint, placed: dict[str, Placement], unused: list[str], layers: list[MoELayer], layers_path: str) -> dict[str, Part]:
+    roles = {x.name: "experts" if x.role == "expert" else "routers" for layer in layers if not layer.mtp for x in layer.tensors}
+    parts = dict.fromkeys(("experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp"), Part())
+    unused_names = set(unused)
+    for name, info in checkpoint.tensors.items():
+        if name in unused_names:
+            part = "mtp"
+        elif name in roles:
+            part = roles[name]
+        else:
+            part = _part_of(placed[name].key, layers_path)
+        parts[part] += Part(info.bytes, _params(checkpoint, name))
+    return parts
+
+
+def _part_of(key: str, layers_path: str) -> str:
+    if not key.startswith(layers_path + "."):
+        return "embeddings" if re.search(r"embed|lm_head|wte", key) else "other"
+    local = key.removeprefix(layers_path + ".")
+    if "norm" in local.rsplit(".", 2)[-2]:
+        return "other"
+    if "shared" in local:
+        return "shared experts"
+    if re.search(r"attn|attention|mamba|mixer|conv|kda|gdn|delta", local):
+        return "attention"
+    return "dense MLP" if re.search(r"mlp|feed_forward|ffn", local) else "other"
+
+
+def _active(parts: dict[str, Part], layers: list[MoELayer]) -> int:
+    routed = [layer for layer in layers if not layer.mtp]
+    share = sum(layer.top_k for layer in routed) / sum(layer.num_experts for layer in routed)
+    rest = sum(part.params for name, part in parts.items() if name not in ("experts", "mtp"))
+    return rest + round(parts["experts"].params * share)
+
+
+def _check_complete(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[str, Placement]) -> None:
+    """CheckpointError when the stock model has parameters that no tensor on disk fills (tied ones are free)."""
+    filled = {x.key for x in placed.values()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    split = {x.key.rpartition(".")[0] for x in placed.values() if x.converter is not None}
+    names = {name for name, _ in model.named_parameters()}
+    absent = sorted(key for key in names if key not in filled and key not in tied and key.rpartition(".")[0].rpartition(".")[0] not in {s.rpartition(".")[0] for s in split})
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} parameters of the model are not on disk", where=checkpoint.path, got=f"no tensor for {absent[0]!r}", fix="the checkpoint is incomplete; download it again"
+        )
+
+
+def dtype_of(layout: Layout) -> torch.dtype:
+    """The dtype in which the model runs: its own, or bfloat16 for quantised checkpoints."""
+    return torch.bfloat16 if layout.quantisation else getattr(torch, layout.dtype)

@@ -1,0 +1,207 @@
+"""One decoder layer at a time: from tensors on disk to the stock model's parameters, and back to nothing.
+
+Experts that a family's converter merely stacks (nearly all) are read from the file straight into their slice of the fused
+parameter: no copy, no second buffer. Everything else goes through transformers' own converters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from moekit.checkpoint.reader import Checkpoint
+from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
+from moekit.errors import CheckpointError, ModelError
+from moekit.families.detect import Understanding, dtype_of
+from moekit.families.names import Placement, convert
+from moekit.families.stock import build
+
+OUTER = -1  # the index of everything that is not in a decoder layer
+
+
+class Loader:
+    """Fills and empties the decoder layers of a weightless stock model.
+
+    Args:
+        checkpoint: where the weights lie.
+        understanding: what `moekit.families.detect.understand` said of it.
+        dtype: in which the model runs; None for its own.
+        device: where the parameters go.
+
+    Attributes:
+        model: the stock model; only what was loaded last has real parameters.
+        layers: its decoder layers.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, understanding: Understanding, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
+    ):
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.dtype = dtype or dtype_of(understanding.layout)
+        if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
+            raise ModelError("the model cannot run in this dtype", got=self.dtype, expected="bfloat16, float16 or float32")
+        self.model = build(understanding.config, self.dtype, buffers=True, trust_remote_code=trust_remote_code)
+        self.model.requires_grad_(False)
+        self.layers_path = understanding.experts[0].layers_path
+        self.layers = self.model.get_submodule(self.layers_path)
+        self._block = _fp8_block(checkpoint.config)
+        self._plan = [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()]
+        self._meta = {key: tensor for key, tensor in (*self.model.named_parameters(), *self.model.named_buffers()) if tensor.is_meta}
+        self._groups: dict[int, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
+        for placement in understanding.placed.values():
+            self._groups[self._layer_of(placement.key)][placement.key].append(placement)
+        self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+        self._tied = dict(getattr(self.model, "all_tied_weights_keys", {}))
+
+    def _layer_of(self, key: str) -> int:
+        if not key.startswith(self.layers_path + "."):
+            return OUTER
+        head = key.removeprefix(self.layers_path + ".").partition(".")[0]
+        return int(head) if head.isdigit() else OUTER
+
+    def layer_bytes(self, index: int) -> int:
+        """Bytes on disk of one decoder layer (or of `OUTER`)."""
+        return sum(self.checkpoint.tensors[x.name].bytes for group in self._groups[index].values() for x in group)
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """Read one layer's parameters (or `OUTER`'s) into memory, without touching the model; may run in a thread.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a tensor has not the shape that the model expects.
+        """
+        out: dict[str, torch.Tensor] = {}
+        for key, group in self._groups[index].items():
+            if index == OUTER and re.search(r"vision|visual|audio", key):
+                continue  # text needs no towers
+            out |= self._read_parameter(key, group)
+        return out
+
+    def _read_parameter(self, key: str, group: list[Placement]) -> dict[str, torch.Tensor]:
+        target = self._meta.get(key)
+        plain = all(not x.suffix and x.expert is not None and x.stacks for x in group)
+        if plain and target is not None:
+            return {key: self._stack(key, group, target)}
+        tensors = {placement: tensor for placement, tensor in self._plain_tensors(group)}
+        if group[0].converter is not None:
+            if all(x.expert is not None and x.stacks for x in tensors) and target is not None:
+                return {key: self._stack(key, list(tensors), target, {x.name: tensor for x, tensor in tensors.items()})}
+            made = convert(list(tensors), {x.name: tensor for x, tensor in tensors.items()}, self.model)
+        else:
+            made = {key: next(iter(tensors.values()))}
+        return {name: self._fit(name, tensor) for name, tensor in made.items()}
+
+    def _plain_tensors(self, group: list[Placement]) -> Iterable[tuple[Placement, torch.Tensor]]:
+        """The group's tensors, each quantised weight joined with its scales."""
+        scales = {x.name[: -len(x.suffix)]: x for x in group if x.suffix in ("_scale_inv", "_scales")}
+        for placement in group:
+            if placement.suffix in ("_scale_inv", "_scales"):
+                continue
+            base = placement.name.removesuffix(placement.suffix) if placement.suffix else placement.name
+            tensor = self.checkpoint.read(placement.name)
+            if placement.suffix == "_blocks":
+                yield placement, dequantise_mxfp4(tensor, self.checkpoint.read(scales[base].name), self.dtype)
+            elif base in scales:
+                yield placement, dequantise_fp8(tensor, self.checkpoint.read(scales[base].name), self._block, self.dtype)
+            else:
+                yield placement, tensor
+
+    def _stack(self, key: str, group: list[Placement], target: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        dtype = self._dtype(key, target)
+        out = self._take(target.shape, dtype)
+        sources = group[0].converter.source_patterns
+        widths = {x.pattern: self.checkpoint.info(x.name).shape[0] for x in group}
+        if len(group) != target.shape[0] * len(sources) or (len(sources) > 1 and sum(widths.values()) != target.shape[1]):
+            raise CheckpointError("experts on disk do not fill the model's parameter", where=key, expected=list(target.shape), got=f"{len(group)} tensors")
+        starts, position = {}, 0
+        for pattern in sources:
+            starts[pattern] = position
+            position += widths[pattern]
+        for placement in group:
+            info = self.checkpoint.info(placement.name)
+            part = out[placement.expert]
+            if len(sources) > 1:
+                part = part[starts[placement.pattern] : starts[placement.pattern] + widths[placement.pattern]]
+            if part.shape != info.shape:
+                raise _shape_error(placement.name, part.shape, info.shape)
+            if tensors is not None:
+                part.copy_(tensors[placement.name])
+            elif dtype == self.checkpoint_dtype(placement.name) and part.is_contiguous():
+                self.checkpoint.read_into(info, part)
+            else:
+                part.copy_(self.checkpoint.read(placement.name))
+        return out
+
+    def checkpoint_dtype(self, name: str) -> torch.dtype:
+        """The torch dtype of a tensor on disk."""
+        from moekit.checkpoint.reader import DTYPES
+
+        return DTYPES[self.checkpoint.info(name).dtype]
+
+    def _fit(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        target = self._meta.get(key)
+        if target is None:
+            return tensor
+        if tensor.shape != target.shape:
+            raise _shape_error(key, target.shape, tensor.shape)
+        return tensor.to(self._dtype(key, target)).contiguous()
+
+    def _dtype(self, key: str, target: torch.Tensor) -> torch.dtype:
+        return next((dtype for pattern, dtype in self._plan if pattern.search(key)), target.dtype)
+
+    def _take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        spare = self._spare[(tuple(shape), dtype)]
+        return spare.pop() if spare else torch.empty(shape, dtype=dtype)
+
+    def attach(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Put what `read` returned into the model.
+
+        Raises:
+            CheckpointError: a parameter of this layer stays empty.
+        """
+        for key, tensor in tensors.items():
+            self._set(key, tensor.to(self.device, non_blocking=True))
+        if index == OUTER:
+            self.model.tie_weights()
+            return
+        empty = [key for key in self._names(index) if self.model.get_submodule(key.rpartition(".")[0])._parameters.get(key.rpartition(".")[2], _NOTHING).is_meta]
+        if empty:
+            raise CheckpointError("a parameter is not on disk", where=f"{self.checkpoint.path}: {empty[0]}", fix="the checkpoint is incomplete")
+
+    def detach(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Empty the layer again; the CPU memory of its experts is used for a later layer."""
+        for key, tensor in tensors.items():
+            if key in self._meta:
+                self._set(key, self._meta[key])
+                if tensor.dim() == 3 and tensor.device.type == "cpu":
+                    self._spare[(tuple(tensor.shape), tensor.dtype)].append(tensor)
+
+    def _names(self, index: int) -> list[str]:
+        prefix = f"{self.layers_path}.{index}."
+        return [key for key in self._meta if key.startswith(prefix)]
+
+    def _set(self, key: str, tensor: torch.Tensor) -> None:
+        path, _, name = key.rpartition(".")
+        module = self.model.get_submodule(path)
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False) if not isinstance(tensor, nn.Parameter) else tensor
+        else:
+            module._buffers[name] = tensor
+
+
+_NOTHING = torch.empty(0)
+
+
+def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> CheckpointError:
+    return CheckpointError(
+        "a tensor has not the shape that config.json asks for", where=name, expected=list(expected), got=list(got), fix="config.json and weights belong to different models"
+    )
+
+
+def _fp8_block(config: dict) -> tuple[int, int]:
+    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    rows, columns = settings.get("weight_block_size") or (128, 128)
+    return rows, columns

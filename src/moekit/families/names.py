@@ -1,0 +1,151 @@
+"""From the names on disk to the stock model's parameters, through transformers' own conversion mapping.
+
+Two facts make one implementation cover every family. (1) transformers declares how each checkpoint name becomes a
+parameter name (`WeightRenaming`) or a part of a fused parameter (`WeightConverter`). (2) Which parameters have an expert
+axis, and which axis it is, is found by building the weightless model twice, once with twice the experts: the axis that
+grew is the expert axis. No list of tensor names is kept anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+
+QUANTISED_SUFFIXES = re.compile(r"(_scale_inv|_blocks|_scales)$")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor on disk goes.
+
+    Attributes:
+        name: on disk.
+        key: the parameter of the stock model (the first one, where a converter splits a tensor into several).
+        expert: the expert that it holds, for checkpoints with one tensor per expert.
+        converter: the transformers converter that makes the parameter, or None when it is only renamed.
+        pattern: the converter's source pattern that matched.
+        suffix: "_scale_inv", "_blocks" or "_scales" for the tensors of a quantised weight, else "".
+    """
+
+    name: str
+    key: str
+    expert: int | None = None
+    converter: WeightConverter | None = None
+    pattern: str | None = None
+    suffix: str = ""
+
+    @property
+    def stacks(self) -> bool:
+        """The parameter is made by stacking experts (and possibly laying gate and up side by side), nothing else."""
+        kinds = [type(op) for op in self.converter.operations] if self.converter else []
+        return (
+            kinds == [MergeModulelist]
+            or kinds == [MergeModulelist, Concatenate]
+            and self.converter.operations[1].dim == 1
+            and self.converter.operations[1].num_shards_attribute is None
+        )
+
+
+class NameMap:
+    """Maps disk names to the parameters of one stock model.
+
+    Args:
+        model: the weightless stock model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        mapping = get_model_conversion_mapping(model)
+        self.renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+        self.converters = [x for x in mapping if isinstance(x, WeightConverter)]
+        self._by_pattern = {pattern: x for x in self.converters for pattern in x.source_patterns}
+        self._prefix = model.base_model_prefix
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+    def place(self, name: str) -> Placement | None:
+        """The placement of disk tensor `name`, or None when the stock model has no use for it."""
+        suffix = ""
+        found = self._place(name, name, suffix)
+        if found is None and (match := QUANTISED_SUFFIXES.search(name)):
+            suffix = match.group(1)
+            found = self._place(name, name[: match.start()], suffix)
+        return found
+
+    def _place(self, name: str, base: str, suffix: str) -> Placement | None:
+        key, pattern = rename_source_key(base, self.renamings, self.converters, self._prefix, self.shapes)
+        if key not in self.shapes and base in self.shapes:  # already under the model's own name
+            key, pattern = base, None
+        if key not in self.shapes:
+            return None
+        if pattern is None:
+            return Placement(name, key, suffix=suffix)
+        converter = self._by_pattern[pattern]
+        expert = None
+        if any(isinstance(op, MergeModulelist) for op in converter.operations):
+            match = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(base, self.renamings))
+            numbers = [int(group) for group in match.groups() if group and group.isdigit()] if match else []
+            expert = numbers[-1] if numbers else None
+        return Placement(name, key, expert, converter, pattern, suffix)
+
+    def place_all(self, names: Iterable[str]) -> tuple[dict[str, Placement], list[str]]:
+        """(placements by disk name, names that the stock model has no use for)."""
+        placed, unused = {}, []
+        for name in names:
+            found = self.place(name)
+            if found is None:
+                unused.append(name)
+            else:
+                placed[name] = found
+        return placed, unused
+
+
+def grown_axes(small: dict[str, tuple[int, ...]], large: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Parameters whose shape differs between two builds, with the axis that grew."""
+    axes = {}
+    for key, shape in small.items():
+        other = large.get(key)
+        if other is not None and other != shape and len(other) == len(shape):
+            axes[key] = next(i for i, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b)
+    return axes
+
+
+def disk_axis(placement: Placement, shape: tuple[int, ...], model_axis: int, num_experts: int) -> int | None:
+    """The expert axis of a fused tensor as it lies on disk; None for a tensor that belongs to one expert."""
+    if placement.expert is not None:
+        return None
+    if placement.suffix:  # blocks and scales keep the experts in front
+        return 0
+    if placement.converter is None:
+        return model_axis
+    if len(shape) > model_axis and shape[model_axis] >= num_experts and shape[model_axis] % num_experts == 0:
+        return model_axis
+    return next((axis for axis, size in enumerate(shape) if size == num_experts), None)
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Sort key that orders `experts.2` before `experts.10`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def convert(placements: list[Placement], tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Run transformers' own converter for one parameter.
+
+    Args:
+        placements: all disk tensors of one key.
+        tensors: by disk name.
+
+    Returns:
+        Parameters by key (several where the converter splits).
+    """
+    first = placements[0]
+    fresh = first.converter.copy(first.converter._original_source_patterns, first.converter._original_target_patterns, operations=first.converter.operations)
+    patterns = dict(zip(first.converter.source_patterns, fresh.source_patterns, strict=True))
+    for placement in sorted(placements, key=lambda x: natural_key(x.name)):
+        fresh.add_tensor(placement.key, placement.name, patterns[placement.pattern], tensors[placement.name])
+    made = fresh.convert(first.key, model=model, config=model.config)
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
