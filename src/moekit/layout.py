@@ -88,7 +88,11 @@ class MoELayer:
 
     Attributes:
         index: position among the decoder layers.
-        experts_path: module path of the experts in the stock transformers model.
+        path: module path of the decoder layer in the stock transformers model.
+        experts_path: module path of its experts.
+        router_path: module path of its router.
+        router_width: rows of the router: E, or more where it also scores shared or null experts.
+        correction_biases: model keys of biases that change the selection but not the weights.
         num_experts: E, routed experts.
         top_k: k, experts chosen per token.
         router: how they are chosen.
@@ -100,7 +104,11 @@ class MoELayer:
     """
 
     index: int
+    path: str
     experts_path: str
+    router_path: str
+    router_width: int
+    correction_biases: tuple[str, ...]
     num_experts: int
     top_k: int
     router: Router
@@ -128,6 +136,7 @@ class Layout:
 
     Attributes:
         family: the transformers `model_type` whose code runs it.
+        text_family: the same of its language model (unlike `family` in multimodal models).
         architecture: the transformers class.
         hidden_size: d.
         num_layers: decoder layers, dense ones included, multi-token-prediction layers not.
@@ -142,6 +151,7 @@ class Layout:
     """
 
     family: str
+    text_family: str
     architecture: str
     hidden_size: int
     num_layers: int
@@ -172,13 +182,17 @@ class Layout:
     @cached_property
     def hash(self) -> str:
         """16 hex digits that name this structure (not its weights): plans and statistics carry it."""
-        rows = [[x.index, x.num_experts, x.top_k, x.inner_size, x.shared_experts, asdict(x.router)] for x in self.layers]
+        rows = [
+            [x.index, x.num_experts, x.top_k, x.inner_size, x.shared_experts, asdict(x.router)] for x in self.layers
+        ]
         text = json.dumps([self.family, self.hidden_size, self.num_layers, self.vocab_size, rows], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
         """Plain data for JSON: everything but the tensor lists."""
         out = {key: value for key, value in asdict(self).items() if key != "layers"}
-        out["layers"] = [{key: value for key, value in asdict(layer).items() if key != "tensors"} for layer in self.layers]
+        out["layers"] = [
+            {key: value for key, value in asdict(layer).items() if key != "tensors"} for layer in self.layers
+        ]
         total = self.total
         return out | {"hash": self.hash, "total_bytes": total.bytes, "total_params": total.params}

@@ -77,10 +77,18 @@ def parse_header(file: Path, raw_length: bytes, read_header, data_bytes: int | N
     """
     fix = "download or copy this file again; it is not what its writer wrote"
     if len(raw_length) < 8:
-        raise CheckpointError("safetensors file is truncated", where=file, expected="at least 8 bytes", got=f"{len(raw_length)} bytes", fix=fix)
+        raise CheckpointError(
+            "safetensors file is truncated",
+            where=file,
+            expected="at least 8 bytes",
+            got=f"{len(raw_length)} bytes",
+            fix=fix,
+        )
     (length,) = struct.unpack("<Q", raw_length)
     if length > MAX_HEADER_BYTES or (data_bytes is not None and 8 + length > data_bytes):
-        raise CheckpointError("safetensors header has an impossible length", where=file, got=f"{length:,} bytes of header", fix=fix)
+        raise CheckpointError(
+            "safetensors header has an impossible length", where=file, got=f"{length:,} bytes of header", fix=fix
+        )
     raw = read_header(length)
     try:
         header = json.loads(raw)
@@ -92,12 +100,17 @@ def parse_header(file: Path, raw_length: bytes, read_header, data_bytes: int | N
             dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
             infos[name] = TensorInfo(name, file, dtype, shape, 8 + length + start, 8 + length + end)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError("safetensors header cannot be parsed", where=file, got=str(error)[:200], fix=fix) from None
+        raise CheckpointError(
+            "safetensors header cannot be parsed", where=file, got=str(error)[:200], fix=fix
+        ) from None
     position = 8 + length
     for info in sorted(infos.values(), key=lambda x: (x.start, x.end)):
         if info.dtype not in DTYPES:
             raise ModelError(
-                f"tensor dtype {info.dtype} is not supported", where=f"{file}: {info.name}", expected=", ".join(DTYPES), fix="convert the checkpoint"
+                f"tensor dtype {info.dtype} is not supported",
+                where=f"{file}: {info.name}",
+                expected=", ".join(DTYPES),
+                fix="convert the checkpoint",
             )
         size = prod(info.shape) * DTYPES[info.dtype].itemsize
         if info.start != position or info.bytes != size or any(not isinstance(n, int) or n < 0 for n in info.shape):
@@ -111,7 +124,9 @@ def parse_header(file: Path, raw_length: bytes, read_header, data_bytes: int | N
         position = info.end
     if data_bytes is not None and position != data_bytes:
         raise CheckpointError(
-            "safetensors file is truncated" if data_bytes < position else "safetensors file has bytes after its last tensor",
+            "safetensors file is truncated"
+            if data_bytes < position
+            else "safetensors file has bytes after its last tensor",
             where=file,
             expected=f"{position:,} bytes",
             got=f"{data_bytes:,} bytes",
@@ -188,18 +203,31 @@ class Checkpoint:
         if out.numel() == 0:
             return out
         if not self.local:
-            raise ModelError("only this model's headers were fetched", where=self.path, fix="download the checkpoint first, or give its local folder")
-        view = memoryview(out.view(torch.uint8).reshape(-1).numpy() if out.dim() else out.reshape(1).view(torch.uint8).numpy())
+            raise ModelError(
+                "only this model's headers were fetched",
+                where=self.path,
+                fix="download the checkpoint first, or give its local folder",
+            )
+        view = memoryview(
+            out.view(torch.uint8).reshape(-1).numpy() if out.dim() else out.reshape(1).view(torch.uint8).numpy()
+        )
         position, fd = info.start + offset, self._fd(info.file)
         while view:
             try:
                 count = os.preadv(fd, [view], position)
             except OSError as error:
                 raise CheckpointError(
-                    "checkpoint file cannot be read", where=f"{info.file}: {info.name}", got=error.strerror or str(error), fix="check the disk"
+                    "checkpoint file cannot be read",
+                    where=f"{info.file}: {info.name}",
+                    got=error.strerror or str(error),
+                    fix="check the disk",
                 ) from None
             if count == 0:
-                raise CheckpointError("checkpoint file ended early", where=f"{info.file}: {info.name}", fix="the file changed while it was read")
+                raise CheckpointError(
+                    "checkpoint file ended early",
+                    where=f"{info.file}: {info.name}",
+                    fix="the file changed while it was read",
+                )
             view, position = view[count:], position + count
         return out
 
@@ -239,7 +267,11 @@ class Checkpoint:
         weights = {file.name for file in self.files} | {INDEX, "config.json"}
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
-            if file.is_file() and not relative.parts[0].startswith(".") and not (len(relative.parts) == 1 and relative.name in weights):
+            if (
+                file.is_file()
+                and not relative.parts[0].startswith(".")
+                and not (len(relative.parts) == 1 and relative.name in weights)
+            ):
                 yield relative
 
 
@@ -250,10 +282,19 @@ def read_config(folder: Path) -> dict:
         ModelError: no such folder, or no (valid) config.json in it.
     """
     if not folder.exists():
-        raise ModelError("no such model folder", where=folder, fix="give a folder, a hub id such as 'Qwen/Qwen3-30B-A3B', or 'refmoe'")
+        raise ModelError(
+            "no such model folder",
+            where=folder,
+            fix="give a folder, a hub id such as 'Qwen/Qwen3-30B-A3B', or 'refmoe'",
+        )
     file = folder / "config.json"
     if not file.is_file():
-        raise ModelError("folder holds no config.json", where=folder, expected="a model in Hugging Face format", fix="point at the folder that holds config.json")
+        raise ModelError(
+            "folder holds no config.json",
+            where=folder,
+            expected="a model in Hugging Face format",
+            fix="point at the folder that holds config.json",
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -280,7 +321,12 @@ def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
             got=", ".join(pickles[:3]),
             fix="convert it once with a tool that you trust, e.g. load and save_pretrained() in a sandbox",
         )
-    raise ModelError("folder holds no safetensors files", where=folder, expected=f"{SINGLE} or {INDEX}", fix="download the weights too")
+    raise ModelError(
+        "folder holds no safetensors files",
+        where=folder,
+        expected=f"{SINGLE} or {INDEX}",
+        fix="download the weights too",
+    )
 
 
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -289,13 +335,20 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("shard index cannot be parsed", where=index, got=repr(error)[:200], fix="download it again") from None
+        raise CheckpointError(
+            "shard index cannot be parsed", where=index, got=repr(error)[:200], fix="download it again"
+        ) from None
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         check_shard_name(shard, index)
         if not (folder / shard).is_file():
             missing = next(name for name, file in weight_map.items() if file == shard)
-            raise CheckpointError("a shard is missing", where=folder / shard, got=f"the index needs it for {missing!r} and others", fix="download this file")
+            raise CheckpointError(
+                "a shard is missing",
+                where=folder / shard,
+                got=f"the index needs it for {missing!r} and others",
+                fix="download this file",
+            )
         tensors |= {name: info for name, info in read_header(folder / shard).items() if weight_map.get(name) == shard}
     check_index(weight_map, tensors, index)
     return tensors
@@ -304,7 +357,9 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
 def check_shard_name(shard: object, index: object) -> None:
     """Refuse a shard name that points outside the model's folder."""
     if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-        raise CheckpointError("the index points outside its folder: refused", where=index, got=shard, fix="do not trust this checkpoint")
+        raise CheckpointError(
+            "the index points outside its folder: refused", where=index, got=shard, fix="do not trust this checkpoint"
+        )
 
 
 def check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], index: object) -> None:
@@ -312,5 +367,8 @@ def check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], inde
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise CheckpointError(
-            f"{len(absent)} tensors of the index are not in the shards that it names", where=index, got=absent[0], fix="download index and shards again"
+            f"{len(absent)} tensors of the index are not in the shards that it names",
+            where=index,
+            got=absent[0],
+            fix="download index and shards again",
         )

@@ -17,13 +17,20 @@ from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
-from moekit.families.probe import probe_router
+from moekit.families.probe import Probed, probe_router
 from moekit.families.stock import ExpertsAt, build, find_experts, load_config, quantisation
 from moekit.layout import ExpertTensor, Layout, MoELayer, Part
 
-EXPERT_COUNT = re.compile(r"expert(?!.*(per_tok|top_?k|shared|size|dim|layer|freq|interval|step|group|capacity|null|hash|scale|width))")
+EXPERT_COUNT = re.compile(
+    r"expert(?!.*(per_tok|top_?k|shared|size|dim|layer|freq|interval|step|group|capacity|null|hash|scale|width))"
+)
 SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
-GROUP_KEYS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"), ("num_groups", "topk_groups"), ("moe_n_group", "moe_topk_group"))
+GROUP_KEYS = (
+    ("n_group", "topk_group"),
+    ("num_expert_group", "topk_group"),
+    ("num_groups", "topk_groups"),
+    ("moe_n_group", "moe_topk_group"),
+)
 
 
 @dataclass
@@ -50,15 +57,27 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     method = quantisation(config)
     family = family_of(config.get_text_config().model_type)
     if family.unsupported:
-        raise ModelError(f"the family {config.model_type!r} is not supported", where=checkpoint.path, got=family.unsupported, fix="see docs/families.md")
+        raise ModelError(
+            f"the family {config.model_type!r} is not supported",
+            where=checkpoint.path,
+            got=family.unsupported,
+            fix="see docs/families.md",
+        )
     model = build(config, trust_remote_code=trust_remote_code)
     experts = find_experts(model, family.is_experts)
     if not experts:
         raise ModelError(
-            "this is a dense model: it has no experts", where=checkpoint.path, got=f"model_type {config.model_type!r}", fix="moekit works on Mixture-of-Experts models"
+            "this is a dense model: it has no experts",
+            where=checkpoint.path,
+            got=f"model_type {config.model_type!r}",
+            fix="moekit works on Mixture-of-Experts models",
         )
     if len({x.layers_path for x in experts}) > 1:
-        raise ModelError("experts lie in several stacks of layers, which is not supported", where=checkpoint.path, got=sorted({x.layers_path for x in experts}))
+        raise ModelError(
+            "experts lie in several stacks of layers, which is not supported",
+            where=checkpoint.path,
+            got=sorted({x.layers_path for x in experts}),
+        )
     names = NameMap(model)
     placed, unused = names.place_all(checkpoint.tensors)
     keys = expert_count_keys(config, {_num_experts(model, at) for at in experts})
@@ -73,6 +92,7 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         sizes[info.dtype] += info.bytes
     layout = Layout(
         family=config.model_type,
+        text_family=text.model_type,
         architecture=type(model).__name__,
         hidden_size=text.hidden_size,
         num_layers=len(stack),
@@ -110,13 +130,19 @@ def expert_count_keys(config: PretrainedConfig, counts: set[int]) -> tuple[str, 
         if EXPERT_COUNT.search(name) and all(type(x) is int for x in numbers) and counts <= set(numbers):
             keys.append(dotted)
     if not keys:
-        raise ModelError("the config does not say how many experts there are", got=f"experts modules with {sorted(counts)} experts")
+        raise ModelError(
+            "the config does not say how many experts there are", got=f"experts modules with {sorted(counts)} experts"
+        )
     for dotted in list(keys):
         prefix, _, name = dotted.rpartition(".")
         owner = config
         for part in filter(None, prefix.split(".")):
             owner = getattr(owner, part)
-        aliases = [alias for alias, real in (type(owner).attribute_map or {}).items() if real == name and EXPERT_COUNT.search(alias)]
+        aliases = [
+            alias
+            for alias, real in (type(owner).attribute_map or {}).items()
+            if real == name and EXPERT_COUNT.search(alias)
+        ]
         keys += [f"{prefix}.{alias}" if prefix else alias for alias in aliases]
     return tuple(dict.fromkeys(keys))
 
@@ -134,7 +160,9 @@ def set_expert_count(settings: dict, keys: tuple[str, ...], count: int | list[in
     return out
 
 
-def _grown_shapes(config: PretrainedConfig, keys: tuple[str, ...], trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+def _grown_shapes(
+    config: PretrainedConfig, keys: tuple[str, ...], trust_remote_code: bool
+) -> dict[str, tuple[int, ...]]:
     larger = copy.deepcopy(config)
     for dotted in keys:
         *path, name = dotted.split(".")
@@ -192,7 +220,7 @@ def _layers(
         parts = placement.key.split(".")
         if placement.key in axes and placement.key.startswith(experts[0].layers_path + ".") and parts[depth].isdigit():
             in_layer[int(parts[depth])].append(placement)
-    probed: dict[tuple, tuple] = {}
+    probed: dict[tuple, Probed] = {}
     layers = []
     for at in experts:
         module = model.get_submodule(at.path)
@@ -200,10 +228,9 @@ def _layers(
         prefix = f"{at.layers_path}.{at.layer}."
         keys = [key for key in axes if key.startswith(prefix) and not key.startswith(at.path + ".")]
         where = router_path(at.path, keys)
-        described = family.router(config, at.layer)
+        described = family.describe_router(config, at.layer)
         if described is None:
             described = _probe(probed, family, model, config, where, count, axes)
-        router, top_k = described
         tensors = []
         expert_bytes = 0
         for placement in sorted(in_layer[at.layer], key=lambda x: (x.key, x.expert or 0, x.name)):
@@ -211,19 +238,31 @@ def _layers(
             is_expert = placement.key.startswith(at.path + ".")
             axis = disk_axis(placement, info.shape, axes[placement.key], count)
             if axis is None and placement.expert is None:
-                raise ModelError("cannot tell which axis of this tensor counts the experts", where=f"{checkpoint.path}: {placement.name}", got=list(info.shape))
+                raise ModelError(
+                    "cannot tell which axis of this tensor counts the experts",
+                    where=f"{checkpoint.path}: {placement.name}",
+                    got=list(info.shape),
+                )
             tensors.append(ExpertTensor(placement.name, "expert" if is_expert else "router", placement.expert, axis))
             expert_bytes += info.bytes if is_expert else 0
         if not tensors:
-            raise CheckpointError("the experts of a layer are not on disk", where=f"{checkpoint.path}: {at.path}", fix="the checkpoint is incomplete")
+            raise CheckpointError(
+                "the experts of a layer are not on disk",
+                where=f"{checkpoint.path}: {at.path}",
+                fix="the checkpoint is incomplete",
+            )
         block = model.get_submodule(at.path.rpartition(".")[0])
         layers.append(
             MoELayer(
                 index=at.layer,
+                path=f"{at.layers_path}.{at.layer}",
                 experts_path=at.path,
+                router_path=where,
+                router_width=described.width,
+                correction_biases=described.bias_keys(where),
                 num_experts=count,
-                top_k=top_k,
-                router=router,
+                top_k=described.top_k,
+                router=described.router,
                 inner_size=_inner_size(module),
                 shared_experts=_shared(config, block),
                 tensors=tuple(tensors),
@@ -236,29 +275,43 @@ def _layers(
 def _inner_size(experts: nn.Module) -> int:
     other = {tuple(experts.down_proj.shape[1:])}
     sizes = [size for shape in other for size in shape]
-    declared = [getattr(experts, name, None) for name in ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")]
+    declared = [
+        getattr(experts, name, None)
+        for name in ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")
+    ]
     return next((x for x in declared if x in sizes), min(sizes))
 
 
 def _probe(
-    probed: dict[tuple, tuple],
+    probed: dict[tuple, Probed],
     family: Family,
     model: nn.Module,
     config: PretrainedConfig,
     where: str,
     count: int,
     axes: dict[str, int],
-) -> tuple:
-    module = model.get_submodule(where)
-    scalars = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None) and k != "layer_idx"))
+) -> Probed:
+    module, block = model.get_submodule(where), model.get_submodule(where.rpartition(".")[0])
+    scalars = tuple(
+        sorted(
+            (k, v)
+            for k, v in vars(module).items()
+            if isinstance(v, int | float | str | bool | None) and k != "layer_idx"
+        )
+    )
     signature = (type(module), scalars, count)
     if signature not in probed:
         local = {key.removeprefix(where + "."): axis for key, axis in axes.items() if key.startswith(where + ".")}
         try:
-            probed[signature] = probe_router(family, module, count, config.get_text_config().hidden_size, _groups(config), local)
+            probed[signature] = probe_router(
+                family, module, block, count, config.get_text_config().hidden_size, _groups(config), local
+            )
         except (TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
             raise ModelError(
-                "this family's router is not understood", where=f"{type(model).__name__}: {where}", got=str(error)[:300], fix="see docs/families.md; please report it"
+                "this family's router is not understood",
+                where=f"{type(model).__name__}: {where}",
+                got=str(error)[:300],
+                fix="see docs/families.md; please report it",
             ) from error
     return probed[signature]
 
@@ -284,7 +337,16 @@ def _mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str
         tensors = tuple(found[prefix])
         if any(x.role == "expert" for x in tensors):
             size = sum(checkpoint.tensors[x.name].bytes for x in tensors if x.role == "expert") // template.num_experts
-            out.append(replace(template, index=layers[-1].index + 1 + offset, experts_path=prefix.rstrip("."), tensors=tensors, expert_bytes=size, mtp=True))
+            out.append(
+                replace(
+                    template,
+                    index=layers[-1].index + 1 + offset,
+                    path=prefix.rstrip("."),
+                    tensors=tensors,
+                    expert_bytes=size,
+                    mtp=True,
+                )
+            )
     return out
 
 
@@ -295,9 +357,18 @@ def _params(checkpoint: Checkpoint, name: str) -> int:
     return 0 if name.endswith(("_scales", "_scale_inv")) else prod(info.shape)
 
 
-def _parts(checkpoint: Checkpoint, placed: dict[str, Placement], unused: list[str], layers: list[MoELayer], layers_path: str) -> dict[str, Part]:
-    roles = {x.name: "experts" if x.role == "expert" else "routers" for layer in layers if not layer.mtp for x in layer.tensors}
-    parts = dict.fromkeys(("experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp"), Part())
+def _parts(
+    checkpoint: Checkpoint, placed: dict[str, Placement], unused: list[str], layers: list[MoELayer], layers_path: str
+) -> dict[str, Part]:
+    roles = {
+        x.name: "experts" if x.role == "expert" else "routers"
+        for layer in layers
+        if not layer.mtp
+        for x in layer.tensors
+    }
+    parts = dict.fromkeys(
+        ("experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp"), Part()
+    )
     unused_names = set(unused)
     for name, info in checkpoint.tensors.items():
         if name in unused_names:
@@ -336,10 +407,19 @@ def _check_complete(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict
     tied = getattr(model, "all_tied_weights_keys", {})
     split = {x.key.rpartition(".")[0] for x in placed.values() if x.converter is not None}
     names = {name for name, _ in model.named_parameters()}
-    absent = sorted(key for key in names if key not in filled and key not in tied and key.rpartition(".")[0].rpartition(".")[0] not in {s.rpartition(".")[0] for s in split})
+    absent = sorted(
+        key
+        for key in names
+        if key not in filled
+        and key not in tied
+        and key.rpartition(".")[0].rpartition(".")[0] not in {s.rpartition(".")[0] for s in split}
+    )
     if absent:
         raise CheckpointError(
-            f"{len(absent)} parameters of the model are not on disk", where=checkpoint.path, got=f"no tensor for {absent[0]!r}", fix="the checkpoint is incomplete; download it again"
+            f"{len(absent)} parameters of the model are not on disk",
+            where=checkpoint.path,
+            got=f"no tensor for {absent[0]!r}",
+            fix="the checkpoint is incomplete; download it again",
         )
 
 

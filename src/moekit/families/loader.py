@@ -38,19 +38,33 @@ class Loader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, understanding: Understanding, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        understanding: Understanding,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
     ):
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.dtype = dtype or dtype_of(understanding.layout)
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
-            raise ModelError("the model cannot run in this dtype", got=self.dtype, expected="bfloat16, float16 or float32")
+            raise ModelError(
+                "the model cannot run in this dtype", got=self.dtype, expected="bfloat16, float16 or float32"
+            )
         self.model = build(understanding.config, self.dtype, buffers=True, trust_remote_code=trust_remote_code)
         self.model.requires_grad_(False)
         self.layers_path = understanding.experts[0].layers_path
         self.layers = self.model.get_submodule(self.layers_path)
         self._block = _fp8_block(checkpoint.config)
-        self._plan = [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()]
-        self._meta = {key: tensor for key, tensor in (*self.model.named_parameters(), *self.model.named_buffers()) if tensor.is_meta}
+        self._plan = [
+            (re.compile(pattern.replace("*", ".*")), dtype)
+            for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()
+        ]
+        self._meta = {
+            key: tensor
+            for key, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+            if tensor.is_meta
+        }
         self._groups: dict[int, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
         for placement in understanding.placed.values():
             self._groups[self._layer_of(placement.key)][placement.key].append(placement)
@@ -105,17 +119,29 @@ class Loader:
             if placement.suffix == "_blocks":
                 yield placement, dequantise_mxfp4(tensor, self.checkpoint.read(scales[base].name), self.dtype)
             elif base in scales:
-                yield placement, dequantise_fp8(tensor, self.checkpoint.read(scales[base].name), self._block, self.dtype)
+                yield (
+                    placement,
+                    dequantise_fp8(tensor, self.checkpoint.read(scales[base].name), self._block, self.dtype),
+                )
             else:
                 yield placement, tensor
 
-    def _stack(self, key: str, group: list[Placement], target: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def _stack(
+        self, key: str, group: list[Placement], target: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         dtype = self._dtype(key, target)
         out = self._take(target.shape, dtype)
         sources = group[0].converter.source_patterns
         widths = {x.pattern: self.checkpoint.info(x.name).shape[0] for x in group}
-        if len(group) != target.shape[0] * len(sources) or (len(sources) > 1 and sum(widths.values()) != target.shape[1]):
-            raise CheckpointError("experts on disk do not fill the model's parameter", where=key, expected=list(target.shape), got=f"{len(group)} tensors")
+        if len(group) != target.shape[0] * len(sources) or (
+            len(sources) > 1 and sum(widths.values()) != target.shape[1]
+        ):
+            raise CheckpointError(
+                "experts on disk do not fill the model's parameter",
+                where=key,
+                expected=list(target.shape),
+                got=f"{len(group)} tensors",
+            )
         starts, position = {}, 0
         for pattern in sources:
             starts[pattern] = position
@@ -167,9 +193,19 @@ class Loader:
         if index == OUTER:
             self.model.tie_weights()
             return
-        empty = [key for key in self._names(index) if self.model.get_submodule(key.rpartition(".")[0])._parameters.get(key.rpartition(".")[2], _NOTHING).is_meta]
+        empty = [
+            key
+            for key in self._names(index)
+            if self.model.get_submodule(key.rpartition(".")[0])
+            ._parameters.get(key.rpartition(".")[2], _NOTHING)
+            .is_meta
+        ]
         if empty:
-            raise CheckpointError("a parameter is not on disk", where=f"{self.checkpoint.path}: {empty[0]}", fix="the checkpoint is incomplete")
+            raise CheckpointError(
+                "a parameter is not on disk",
+                where=f"{self.checkpoint.path}: {empty[0]}",
+                fix="the checkpoint is incomplete",
+            )
 
     def detach(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Empty the layer again; the CPU memory of its experts is used for a later layer."""
@@ -187,7 +223,9 @@ class Loader:
         path, _, name = key.rpartition(".")
         module = self.model.get_submodule(path)
         if name in module._parameters:
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False) if not isinstance(tensor, nn.Parameter) else tensor
+            module._parameters[name] = (
+                nn.Parameter(tensor, requires_grad=False) if not isinstance(tensor, nn.Parameter) else tensor
+            )
         else:
             module._buffers[name] = tensor
 
@@ -197,7 +235,11 @@ _NOTHING = torch.empty(0)
 
 def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> CheckpointError:
     return CheckpointError(
-        "a tensor has not the shape that config.json asks for", where=name, expected=list(expected), got=list(got), fix="config.json and weights belong to different models"
+        "a tensor has not the shape that config.json asks for",
+        where=name,
+        expected=list(expected),
+        got=list(got),
+        fix="config.json and weights belong to different models",
     )
 
 

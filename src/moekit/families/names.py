@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 
 QUANTISED_SUFFIXES = re.compile(r"(_scale_inv|_blocks|_scales)$")
 
@@ -132,7 +139,9 @@ def natural_key(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def convert(placements: list[Placement], tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def convert(
+    placements: list[Placement], tensors: dict[str, torch.Tensor], model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
     """Run transformers' own converter for one parameter.
 
     Args:
@@ -143,7 +152,11 @@ def convert(placements: list[Placement], tensors: dict[str, torch.Tensor], model
         Parameters by key (several where the converter splits).
     """
     first = placements[0]
-    fresh = first.converter.copy(first.converter._original_source_patterns, first.converter._original_target_patterns, operations=first.converter.operations)
+    fresh = first.converter.copy(
+        first.converter._original_source_patterns,
+        first.converter._original_target_patterns,
+        operations=first.converter.operations,
+    )
     patterns = dict(zip(first.converter.source_patterns, fresh.source_patterns, strict=True))
     for placement in sorted(placements, key=lambda x: natural_key(x.name)):
         fresh.add_tensor(placement.key, placement.name, patterns[placement.pattern], tensors[placement.name])

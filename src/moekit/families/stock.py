@@ -51,12 +51,16 @@ def load_config(folder: Path, raw: dict, trust_remote_code: bool = False) -> Pre
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a config that its class does not accept
-        raise ModelError("transformers cannot read this config", where=folder / "config.json", got=str(error)[:500]) from error
+        raise ModelError(
+            "transformers cannot read this config", where=folder / "config.json", got=str(error)[:500]
+        ) from error
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
-    """"fp8", "mxfp4" or None; ModelError for any other quantisation."""
-    settings = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    """ "fp8", "mxfp4" or None; ModelError for any other quantisation."""
+    settings = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
     if not settings:
         return None
     settings = settings if isinstance(settings, dict) else settings.to_dict()
@@ -88,7 +92,13 @@ def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> ty
     )
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, *, buffers: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    buffers: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The stock model with its parameters on the meta device, in eval mode.
 
     Args:
@@ -102,7 +112,11 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, *, buff
             del part.quantization_config
     cls = model_class(config, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True) if cls is None else cls._from_config(config, dtype=dtype)
+        model = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
+            if cls is None
+            else cls._from_config(config, dtype=dtype)
+        )
     if buffers:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor._is_hf_initialized = True
@@ -122,7 +136,11 @@ class ExpertsAt:
 
 def is_experts(module: nn.Module) -> bool:
     """The experts contract of transformers 5: a gate function and stacked down projections."""
-    return hasattr(module, "_apply_gate") and isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3
+    return (
+        hasattr(module, "_apply_gate")
+        and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+        and module.down_proj.dim() == 3
+    )
 
 
 def find_experts(model: nn.Module, contract=is_experts) -> list[ExpertsAt]:

@@ -1,0 +1,121 @@
+"""The two seams through which a live stock model is watched and changed, for every family alike.
+
+Router: while its forward runs, the first linear map as wide as the router has rows yields the raw logits; they can be noted
+and edited there, and the family's own code then does groups, top-k and normalisation. Experts: the function registered here
+runs the routed (token, expert) pairs as transformers' eager loop does, in the same order (bit-identical in fp32), and
+shows every expert's unweighted output on its way.
+
+Symbols: T tokens, K chosen, E experts, D hidden, N rows of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "moekit_observed"
+ROW_BLOCK = 32  # bf16 row counts are padded to a multiple: oneDNN compiles one AMX kernel per distinct row count
+_LINEAR = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm}
+
+
+class RouterTap(TorchFunctionMode):
+    """While active, notes the router's raw logits and lets `edit` change them.
+
+    Args:
+        width: rows of the router (E, or more where it also scores shared or null experts).
+        edit: logits [T, width] to logits of the same shape; None only notes them.
+
+    Attributes:
+        logits: what the router computed, after `edit`; None before.
+    """
+
+    def __init__(self, width: int, edit: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        super().__init__()
+        self.width, self.edit = width, edit
+        self.logits: torch.Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.logits is None and func in _LINEAR and out.shape[-1] == self.width:
+            out = self.edit(out) if self.edit else out
+            self.logits = out
+        return out
+
+
+@dataclass
+class ExpertRows:
+    """One expert's share of a call: tokens_N (row numbers into the T tokens), ranks_N (which of the K slots), output_ND."""
+
+    expert: int
+    tokens: torch.Tensor
+    ranks: torch.Tensor
+    output: torch.Tensor
+
+
+def observed_experts(
+    experts: nn.Module, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Routed experts by the contract of transformers 5, showing each expert's output to `experts._moekit_watch`.
+
+    Args:
+        experts: a module with the contract (`down_proj`, `gate_up_proj` or `up_proj`, `_apply_gate`, flags).
+        hidden_TD: inputs.
+        ids_TK: chosen experts; ids >= E are skipped.
+        weights_TK: their weights.
+
+    Returns:
+        The weighted sum of the outputs [T, D], in the dtype of `hidden_TD`.
+    """
+    watch: Callable[[ExpertRows], None] | None = getattr(experts, "_moekit_watch", None)
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    up_bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
+    down_bias = experts.down_proj_bias if experts.has_bias else None
+    flat = ids_TK.t().reshape(-1).long()  # slot-major, as transformers' eager loop visits the pairs
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts.num_experts).tolist()[: experts.num_experts]
+    all_tokens, all_ranks = order % len(hidden_TD), order // len(hidden_TD)
+    block = ROW_BLOCK if hidden_TD.dtype != torch.float32 and hidden_TD.device.type == "cpu" else 1
+    out = torch.zeros_like(hidden_TD)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        tokens, ranks = all_tokens[start : start + count], all_ranks[start : start + count]
+        start += count
+        rows = _padded(hidden_TD, tokens, block)
+        mid = _linear(rows, up[expert], None if up_bias is None else up_bias[expert], experts.is_transposed)
+        mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
+        result = _linear(
+            mid, experts.down_proj[expert], None if down_bias is None else down_bias[expert], experts.is_transposed
+        )
+        if experts.has_post_expert_norm:
+            result = experts.post_expert_norm(result)
+        result = result[:count]
+        if watch is not None:
+            watch(ExpertRows(expert, tokens, ranks, result))
+        out.index_add_(0, tokens, (result * weights_TK[tokens, ranks, None]).to(out.dtype))
+    return out
+
+
+def _padded(hidden_TD: torch.Tensor, tokens: torch.Tensor, block: int) -> torch.Tensor:
+    short = -len(tokens) % block
+    rows = hidden_TD.new_empty(len(tokens) + short, hidden_TD.shape[1])
+    torch.index_select(hidden_TD, 0, tokens, out=rows[: len(tokens)])
+    rows[len(tokens) :] = 0
+    return rows
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+    if not transposed:
+        return F.linear(rows, weight, bias)
+    out = torch.matmul(rows, weight)
+    return out if bias is None else out + bias
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts)
