@@ -1,0 +1,232 @@
+"""A Plan: what to do to a model, as data that a person can read, compare and keep.
+
+Methods make plans; `moekit.apply` carries them out, on disk (bake) or on a live model (live). A plan names the layout that
+it was made for and is checked against it before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moekit.errors import PlanError
+from moekit.layout import Layout, MoELayer
+
+VERSION = 1
+
+
+class Op(BaseModel):
+    """One change to one layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Drop(Op):
+    """Remove experts of a layer, with their router rows and biases.
+
+    Attributes:
+        layer: decoder layer index.
+        experts: the experts to remove, ascending.
+    """
+
+    op: Literal["drop"] = "drop"
+    layer: int
+    experts: tuple[int, ...]
+
+
+class Plan(BaseModel):
+    """Changes to a model.
+
+    Attributes:
+        layout_hash: the layout that the plan was made for.
+        ops: the changes.
+        method: the method that made it, and its settings.
+        settings: of the method.
+        made_from: fingerprints of model and data, versions.
+        notes: what the method wants a reader to know (protected experts, warnings).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = VERSION
+    layout_hash: str
+    ops: list[Drop] = []
+    method: str = ""
+    settings: dict = {}
+    made_from: dict = {}
+    notes: list[str] = []
+
+    def dropped(self) -> dict[int, tuple[int, ...]]:
+        """Experts to remove by decoder layer index, ascending."""
+        out: dict[int, set[int]] = {}
+        for op in self.ops:
+            if isinstance(op, Drop):
+                out.setdefault(op.layer, set()).update(op.experts)
+        return {layer: tuple(sorted(experts)) for layer, experts in sorted(out.items()) if experts}
+
+    def kept(self, layer: MoELayer) -> tuple[int, ...]:
+        """Experts of a layer that stay, ascending."""
+        gone = set(self.dropped().get(layer.index, ()))
+        return tuple(e for e in range(layer.num_experts) if e not in gone)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a plan that does not fit the model, before anything is loaded.
+
+        Raises:
+            PlanError: other layout, unknown layer or expert, too few experts left for top_k or for the groups.
+        """
+        if self.layout_hash != layout.hash:
+            raise PlanError(
+                "the plan was made for another model",
+                expected=self.layout_hash,
+                got=f"{layout.hash} ({layout.family})",
+                fix="make the plan again for this model",
+            )
+        for index, experts in self.dropped().items():
+            layer = layout.by_index.get(index)
+            if layer is None:
+                raise PlanError(f"layer {index} is no MoE layer", expected=f"one of {sorted(layout.by_index)}")
+            if experts[0] < 0 or experts[-1] >= layer.num_experts:
+                raise PlanError(f"layer {index} has no expert {experts[-1]}", expected=f"0 to {layer.num_experts - 1}")
+            check_feasible(layer, self.kept(layer))
+
+    def check_bakeable(self, layout: Layout) -> None:
+        """Refuse a plan whose result no stock model loads: different numbers of experts in different layers."""
+        self.check(layout)
+        left = {len(self.kept(layer)) for layer in layout.routed}
+        if len(left) > 1:
+            raise PlanError(
+                "layers would keep different numbers of experts, which stock transformers cannot load",
+                expected="the same number in every MoE layer",
+                got=f"{min(left)} to {max(left)}",
+                fix="use a uniform budget (the default)",
+            )
+
+    def saved_bytes(self, layout: Layout) -> int:
+        """Bytes on disk that the plan saves, experts only (router rows are a rounding error)."""
+        return sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
+
+    def diff(self, other: Plan) -> str:
+        """What `other` does otherwise, a line per layer; empty when they do the same."""
+        ours, theirs = self.dropped(), other.dropped()
+        lines = []
+        for layer in sorted(ours.keys() | theirs.keys()):
+            a, b = set(ours.get(layer, ())), set(theirs.get(layer, ()))
+            if a != b:
+                lines.append(f"layer {layer}: only here {sorted(a - b)}, only there {sorted(b - a)}")
+        return "\n".join(lines)
+
+    def save(self, file: str | Path) -> Path:
+        """Write as JSON, one op a line."""
+        path = Path(file)
+        head = self.model_dump(exclude={"ops"})
+        body = ",\n".join("  " + json.dumps(op.model_dump()) for op in self.ops)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "ops": [\n{body}\n ]\n}}\n'
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(text)
+        temporary.rename(path)
+        return path
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: no such file, or not a plan of this version.
+        """
+        path = Path(file)
+        try:
+            raw = json.loads(path.read_text())
+            if isinstance(raw, dict) and raw.get("version", VERSION) != VERSION:
+                raise PlanError("plan of another version", where=path, expected=VERSION, got=raw["version"])
+            return cls.model_validate(raw)
+        except FileNotFoundError:
+            raise PlanError("no such plan", where=path) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(x) for x in first["loc"])
+            raise PlanError("this is not a valid plan", where=f"{path}: {where}", got=first["msg"]) from None
+        except ValueError as error:
+            raise PlanError("this is not a plan", where=path, got=str(error)[:200]) from None
+
+
+def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:
+    """Refuse a choice of experts that the layer's router cannot work with.
+
+    Raises:
+        PlanError: fewer than top_k left; with groups: unequal groups, or too few experts in the kept groups.
+    """
+    router, k = layer.router, layer.top_k
+    if len(kept) < k:
+        raise PlanError(
+            f"layer {layer.index} chooses {k} experts for every token, but only {len(kept)} would be left",
+            expected=f"at least {k} of {layer.num_experts}",
+            got=len(kept),
+            fix=f"keep at least {k / layer.num_experts:.0%} of the experts",
+        )
+    if router.groups > 1:
+        size = layer.num_experts // router.groups
+        per_group = [sum(e // size == g for e in kept) for g in range(router.groups)]
+        if len(set(per_group)) > 1:
+            raise PlanError(
+                f"layer {layer.index} routes in {router.groups} groups: each must keep equally many experts",
+                got=per_group,
+                fix="drop the same number in every group",
+            )
+        if per_group[0] < 2 or per_group[0] * router.groups_kept < k:
+            need = max(2, -(-k // router.groups_kept))
+            raise PlanError(
+                f"layer {layer.index} would have {per_group[0]} experts in a group",
+                expected=f"at least {need} (2 for the group score, {k} in {router.groups_kept} groups for top-k)",
+                got=per_group[0],
+                fix=f"keep at least {need * router.groups / layer.num_experts:.0%} of the experts",
+            )
+
+
+def keep_count(layer: MoELayer, keep: float | int) -> int:
+    """How many experts of a layer a budget keeps: a share (0 < keep < 1, or 1.0) or a number, rounded to what groups allow.
+
+    Raises:
+        PlanError: not a share or a number, or too few for top_k or the groups.
+    """
+    if isinstance(keep, float) and not 0 < keep <= 1 or isinstance(keep, int) and not 1 <= keep <= layer.num_experts:
+        raise PlanError(
+            "impossible number of experts to keep", expected=f"a share in (0, 1] or 1 to {layer.num_experts}", got=keep
+        )
+    wanted = keep if isinstance(keep, int) else round(keep * layer.num_experts)
+    groups = layer.router.groups
+    wanted = max(1, round(wanted / groups)) * groups
+    kept = [
+        e
+        for g in range(groups)
+        for e in range(layer.num_experts)[g * layer.num_experts // groups :][: wanted // groups]
+    ]
+    check_feasible(layer, tuple(kept))
+    return wanted
+
+
+def drop_lowest(
+    layer: MoELayer, scores: Mapping[int, float] | list[float], keep: int, protected: frozenset[int] = frozenset()
+) -> Drop | None:
+    """Keep the `keep` highest-scored experts of a layer (equally many in each group); ties go to the lower number.
+
+    Args:
+        scores: one per expert.
+        keep: from `keep_count`.
+        protected: experts that stay whatever their score.
+
+    Returns:
+        The Drop, or None when nothing goes.
+    """
+    groups = layer.router.groups
+    size = layer.num_experts // groups
+    gone: list[int] = []
+    for group in range(groups):
+        members = range(group * size, (group + 1) * size)
+        ranked = sorted(members, key=lambda e: (e not in protected, -scores[e], e))
+        gone += ranked[keep // groups :]
+    return Drop(layer=layer.index, experts=tuple(sorted(gone))) if gone else None

@@ -1,0 +1,224 @@
+"""Statistics of a model on data: sums that add up across batches, domains, runs and machines.
+
+Every quantity is a sum (or, for peaks, a maximum) over real tokens, kept by MoE layer and domain, so that
+`stats(A) + stats(B) == stats(A and B)`. Methods read them by name; nothing here knows how they were taken.
+
+Symbols: N domains, E experts, D hidden size, P position buckets, g_j(t) the weight that the model itself gives expert j on
+token t, f_j its unweighted output, T_j the tokens routed to j, h the residual stream before the block, y the routed sum.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from moekit.errors import DataError, PlanError, did_you_mean
+
+SCHEMA = 1
+POSITION_BUCKETS = 21  # bucket b > 0 holds positions 2^(b-1) .. 2^b - 1; bucket 0 is position 0
+
+# name -> (group, shape after the domain axis, what it is)
+FIELDS: dict[str, tuple[str, str, str]] = {
+    "count": ("scores", "E", "tokens routed to j"),
+    "gate_mass": ("scores", "E", "sum of g_j(t)"),
+    "norm": ("scores", "E", "sum over T_j of |f_j| (EAN)"),
+    "norm_sq": ("scores", "E", "sum over T_j of |f_j|^2 (MSAN)"),
+    "gated_norm": ("scores", "E", "sum over T_j of g_j |f_j| (REAP)"),
+    "easy_ep": ("scores", "E", "sum over T_j of max(0, 1 - cos(h, h + y)) g_j |f_j| (EASY-EP)"),
+    "peak": ("scores", "E", "maximum over T_j of |element of f_j| (super experts)"),
+    "output": ("outputs", "ED", "sum over T_j of f_j"),
+    "logit": ("outputs", "E", "sum of router logits"),
+    "logit_gram": ("outputs", "EE", "sum of products of two experts' router logits"),
+    "coactivation": ("routing", "EE", "tokens that chose both i and j (diagonal: count)"),
+    "transition": ("routing", "FE", "pairs (i chosen in the previous MoE layer, j chosen here), all pairs of a token"),
+    "position_tokens": ("routing", "P", "tokens in a position bucket"),
+    "entropy": ("routing", "P", "sum of the router's entropy, nats, by position bucket"),
+    "margin": ("routing", "P", "sum of p_k - p_(k+1), the router's confidence, by position bucket"),
+}
+MAXIMA = frozenset({"peak"})
+GROUPS = ("scores", "outputs", "routing", "vocabulary")
+
+
+def position_bucket(position: np.ndarray) -> np.ndarray:
+    """The bucket of each position (0-based): 0, then [1], [2, 3], [4 .. 7], ..."""
+    return np.minimum(np.ceil(np.log2(np.asarray(position) + 1)).astype(np.int64), POSITION_BUCKETS - 1)
+
+
+@dataclass
+class LayerStats:
+    """One MoE layer's sums.
+
+    Attributes:
+        arrays: name of `FIELDS` to float64 array [N, ...] ("output": float32).
+        vocabulary: int64 [M, 4], sorted: domain, token id, expert, count; input tokens routed to an expert.
+    """
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    vocabulary: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+
+    def merged(self, other: LayerStats, ours: np.ndarray, theirs: np.ndarray, domains: int) -> LayerStats:
+        """Both together; `ours` and `theirs` map old domain numbers to new ones."""
+        out = LayerStats()
+        for name in self.arrays.keys() & other.arrays.keys():
+            a, b = self.arrays[name], other.arrays[name]
+            total = np.zeros((domains, *a.shape[1:]), a.dtype)
+            total[ours] = a
+            total[theirs] = np.maximum(total[theirs], b) if name in MAXIMA else total[theirs] + b
+            out.arrays[name] = total
+        moved = [_renumbered(x.vocabulary, new) for x, new in ((self, ours), (other, theirs))]
+        out.vocabulary = add_up(np.concatenate(moved))
+        return out
+
+
+def _renumbered(vocabulary: np.ndarray, domains: np.ndarray) -> np.ndarray:
+    out = vocabulary.copy()
+    out[:, 0] = domains[out[:, 0]]
+    return out
+
+
+def add_up(rows: np.ndarray) -> np.ndarray:
+    """Sorted unique rows [M, 4] with the counts (last column) of equal rows added."""
+    if not len(rows):
+        return rows.reshape(0, 4)
+    keys, inverse = np.unique(rows[:, :3], axis=0, return_inverse=True)
+    counts = np.bincount(inverse.reshape(-1), weights=rows[:, 3], minlength=len(keys)).astype(np.int64)
+    return np.concatenate([keys, counts[:, None]], axis=1)
+
+
+@dataclass
+class Stats:
+    """Statistics of one model on some domains.
+
+    Attributes:
+        layout_hash: of the model's layout.
+        domains: names, in the order of the arrays' first axis.
+        tokens: int64 [N], real tokens seen by domain.
+        sequences: int64 [N].
+        layers: by decoder layer index.
+        manifest: where they come from (model fingerprint, data hash, versions, settings).
+    """
+
+    layout_hash: str
+    domains: tuple[str, ...]
+    tokens: np.ndarray
+    sequences: np.ndarray
+    layers: dict[int, LayerStats]
+    manifest: dict = field(default_factory=dict)
+
+    def get(self, name: str, layer: int, domain: str | Iterable[str] | None = None) -> np.ndarray:
+        """A named quantity of a layer, added up (or maximised) over the domains given; all of them for None.
+
+        Raises:
+            DataError: unknown name or domain, or the quantity was not measured.
+        """
+        arrays = self.layers[layer].arrays
+        if name not in arrays:
+            hint = did_you_mean(name, FIELDS) if name not in FIELDS else f"measure with the group {FIELDS[name][0]!r}"
+            raise DataError(f"the statistics hold no {name!r}", fix=hint)
+        rows = arrays[name][self.domain_numbers(domain)]
+        return rows.max(0) if name in MAXIMA else rows.sum(0)
+
+    def domain_numbers(self, domain: str | Iterable[str] | None) -> list[int]:
+        """Numbers of the named domains; all of them for None."""
+        if domain is None:
+            return list(range(len(self.domains)))
+        wanted = [domain] if isinstance(domain, str) else list(domain)
+        for name in wanted:
+            if name not in self.domains:
+                raise DataError(f"the statistics hold no domain {name!r}", fix=did_you_mean(name, self.domains))
+        return [self.domains.index(name) for name in wanted]
+
+    def token_count(self, domain: str | Iterable[str] | None = None) -> int:
+        """Real tokens seen in the named domains."""
+        return int(self.tokens[self.domain_numbers(domain)].sum())
+
+    def __add__(self, other: Stats) -> Stats:
+        if self.layout_hash != other.layout_hash or self.layers.keys() != other.layers.keys():
+            raise PlanError(
+                "statistics of different models cannot be added", expected=self.layout_hash, got=other.layout_hash
+            )
+        domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
+        ours, theirs = (np.array([domains.index(x) for x in part.domains], np.int64) for part in (self, other))
+
+        def total(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            out = np.zeros(len(domains), np.int64)
+            out[ours] += a
+            out[theirs] += b
+            return out
+
+        return Stats(
+            self.layout_hash,
+            domains,
+            total(self.tokens, other.tokens),
+            total(self.sequences, other.sequences),
+            {i: x.merged(other.layers[i], ours, theirs, len(domains)) for i, x in self.layers.items()},
+            {"added": [*_parts(self.manifest), *_parts(other.manifest)]},
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder: stats.json (manifest) and one safetensors file a layer; appears whole or not at all."""
+        final = Path(folder)
+        part = final.with_name(final.name + ".partial")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for index, layer in self.layers.items():
+            arrays = {name: np.ascontiguousarray(x) for name, x in layer.arrays.items()}
+            save_file(
+                arrays | {"vocabulary": np.ascontiguousarray(layer.vocabulary)}, part / f"layer-{index:04d}.safetensors"
+            )
+        head = {
+            "schema": SCHEMA,
+            "layout_hash": self.layout_hash,
+            "domains": list(self.domains),
+            "tokens": self.tokens.tolist(),
+            "sequences": self.sequences.tolist(),
+            "layers": sorted(self.layers),
+            "manifest": self.manifest,
+        }
+        (part / "stats.json").write_text(json.dumps(head, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        return final
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Stats:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: no statistics there, another schema, or a damaged file.
+        """
+        path = Path(folder)
+        try:
+            head = json.loads((path / "stats.json").read_text())
+            if head["schema"] != SCHEMA:
+                raise DataError(
+                    "statistics of another version",
+                    where=path,
+                    expected=SCHEMA,
+                    got=head["schema"],
+                    fix="measure again",
+                )
+            layers = {}
+            for index in head["layers"]:
+                arrays = load_file(path / f"layer-{index:04d}.safetensors")
+                layers[index] = LayerStats(arrays, arrays.pop("vocabulary"))
+        except FileNotFoundError as error:
+            raise DataError(
+                "these are no statistics", where=error.filename, expected="a folder written by moekit"
+            ) from None
+        except (ValueError, KeyError, OSError) as error:
+            raise DataError(
+                "the statistics are damaged", where=path, got=str(error)[:200], fix="measure again"
+            ) from None
+        counts = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
+        return cls(head["layout_hash"], tuple(head["domains"]), *counts, layers, head["manifest"])
+
+
+def _parts(manifest: Mapping) -> list:
+    return manifest.get("added", [dict(manifest)])
