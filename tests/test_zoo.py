@@ -61,6 +61,11 @@ def test_changes_reach_the_text_config() -> None:
     assert build("llama4", num_experts_per_tok=3).config.text_config.num_experts_per_tok == TOP_K + 1
 
 
+@torch.no_grad()
+def test_a_model_with_fewer_experts_runs() -> None:
+    assert build("deepseek_v4", n_routed_experts=4)(**inputs("deepseek_v4")).logits.isfinite().all()
+
+
 def test_loading_in_bf16_keeps_in_fp32_what_the_family_keeps() -> None:
     state = build("deepseek_v3", dtype=torch.bfloat16).state_dict()
     assert state["model.layers.1.mlp.experts.down_proj"].dtype == torch.bfloat16

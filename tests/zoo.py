@@ -271,7 +271,7 @@ def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **
             model.get_input_embeddings().weight.mul_(5.0)  # tokens stay apart in the residual stream
             distinct = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}
             for name, tensor in distinct.values():
-                _enliven(name, tensor)
+                _enliven(name, tensor, getattr(model.config, "n_routed_experts", EXPERTS))
     if dtype != torch.float32:  # loading, unlike `.to`, keeps in fp32 what the family keeps in fp32
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -279,16 +279,16 @@ def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return model
 
 
-def _enliven(name: str, tensor: Tensor) -> None:
+def _enliven(name: str, tensor: Tensor, experts: int) -> None:
     if name.endswith("tid2eid"):  # token id -> its experts
-        tensor.copy_(torch.rand(len(tensor), EXPERTS).argsort(dim=-1)[:, : tensor.shape[-1]])
+        tensor.copy_(torch.rand(len(tensor), experts).argsort(dim=-1)[:, : tensor.shape[-1]])
     elif name.endswith("balancing_biases"):  # zaya: loading resets the null expert's to -1; the others' make it chosen
         tensor[:-1] = torch.randn_like(tensor[:-1]) * 0.1 - 0.8
     elif tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
         tensor.add_(torch.randn_like(tensor) * 0.1)
     elif "router_mlp" in name:
         tensor.mul_(5.0)
-    elif re.search(r"\.(gate|router)\.(\w+\.)*weight$", name) and tensor.shape[0] >= EXPERTS and tensor.dim() == 2:
+    elif re.search(r"\.(gate|router)\.(\w+\.)*weight$", name) and tensor.dim() == 2:
         tensor.mul_(3.0)
 
 
