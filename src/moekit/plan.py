@@ -68,6 +68,10 @@ class Plan(BaseModel):
                 out.setdefault(op.layer, set()).update(op.experts)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(out.items()) if experts}
 
+    def dropped_live(self, layout: Layout) -> dict[int, tuple[int, ...]]:
+        """`dropped` for the layers that the stock model runs."""
+        return {layer.index: gone for layer in layout.routed if (gone := self.dropped().get(layer.index))}
+
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
         gone = set(self.dropped().get(layer.index, ()))

@@ -1,0 +1,220 @@
+"""evaluate(model, data, against=source): both models streamed side by side over the same tokens.
+
+Two streams run layer by layer, each with its own model, and then give logits batch by batch; a batch's logits are
+compared and forgotten, so that nothing as large as tokens x vocabulary is ever kept. A model may be looked at through a
+plan that is applied live (`Subject`), which is how a baked checkpoint is proven to do what its plan says.
+
+Symbols: B rows, T positions, V vocabulary; p the source's distribution, q the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moekit.data import Batch, Dataset
+from moekit.errors import DataError
+from moekit.evaluate.intervals import Interval, ratio_interval
+from moekit.families.model import Model
+from moekit.plan import Plan
+from moekit.progress import Progress, silent
+from moekit.stream import Stream
+from moekit.view import MoEView
+
+LOGIT_BYTES = 256 << 20  # float32 logits of one batch
+ROW_CHUNK = 128  # positions whose log-probabilities are held at once
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, seen through a plan that is applied live (None: as it is)."""
+
+    model: Model
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """One domain's results; intervals are 95%, over sequences.
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: exp of the mean negative log-likelihood.
+        kl: mean KL(p || q) in nats a token; None without a source.
+        agreement: share of positions where both models' likeliest token is the same; None without a source.
+        ratio: perplexity over the source's, paired; None without a source.
+        source_perplexity: of the source on the same tokens.
+    """
+
+    tokens: int
+    sequences: int
+    perplexity: Interval
+    kl: Interval | None = None
+    agreement: Interval | None = None
+    ratio: Interval | None = None
+    source_perplexity: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results by domain.
+
+    Attributes:
+        max_logit_difference: the largest absolute difference of two logits; None without a source.
+    """
+
+    domains: Mapping[str, DomainScore]
+    max_logit_difference: float | None = None
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def save(self, file: str | Path) -> Path:
+        """Write as JSON."""
+        path = Path(file)
+        path.write_text(json.dumps(self.to_dict(), indent=1))
+        return path
+
+    def rows(self) -> list[dict[str, object]]:
+        """One flat row a domain, for tables."""
+        return [{"domain": name, **asdict(score)} for name, score in self.domains.items()]
+
+
+@dataclass
+class _Sums:
+    """Sums of one sequence."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    source_nll: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+
+
+def evaluate(
+    model: Model | Subject,
+    data: Dataset,
+    *,
+    against: Model | Subject | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score a model on data, and compare it with another.
+
+    Args:
+        model: what to score.
+        data: tokenised with the model's tokenizer.
+        against: the source to compare with; must have the same vocabulary.
+        dtype: to run in; None for each model's own.
+        device: "cpu" or "cuda".
+        progress: told as layers pass.
+
+    Raises:
+        DataError: no domain has a token to predict, or the vocabularies differ.
+    """
+    subject = model if isinstance(model, Subject) else Subject(model)
+    source = Subject(against) if isinstance(against, Model) else against
+    if source is not None and source.model.layout.vocab_size != subject.model.layout.vocab_size:
+        raise DataError(
+            "the two models have different vocabularies",
+            expected=source.model.layout.vocab_size,
+            got=subject.model.layout.vocab_size,
+        )
+    batches = split_rows(data, subject.model.layout.vocab_size)
+    ours = logits_of(subject, batches, dtype, device, progress)
+    theirs = logits_of(source, batches, dtype, device, progress) if source else None
+    sums: list[list[_Sums]] = [[] for _ in data.domains]
+    largest = 0.0
+    with contextlib.closing(ours), contextlib.closing(theirs) if theirs is not None else contextlib.nullcontext():
+        for batch in batches:
+            mine, other = next(ours), next(theirs) if theirs is not None else None
+            for row in range(len(batch.ids)):
+                found, difference = _score_row(
+                    mine[row], None if other is None else other[row], batch.ids[row], batch.mask[row]
+                )
+                sums[batch.domain].append(found)
+                largest = max(largest, difference)
+            del mine, other
+    scores = {name: _domain_score(rows, source is not None) for name, rows in zip(data.domains, sums, strict=True)}
+    return Evaluation(scores, largest if source is not None else None)
+
+
+def logits_of(
+    subject: Subject,
+    batches: list[Batch],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Iterator[torch.Tensor]:
+    """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
+    model, plan = subject.model, subject.plan
+    if plan is not None:
+        plan.check(model.layout)
+    loader = model.loader(dtype, device)
+    with MoEView(loader.model, model.layout).ban(plan.dropped_live(model.layout) if plan else {}):
+        yield from Stream(loader, progress=progress).run([x.ids for x in batches])
+
+
+def split_rows(data: Dataset, vocab_size: int) -> list[Batch]:
+    """The batches of `data`, cut into fewer rows where their logits would be too large."""
+    out = []
+    for batch in data.batches:
+        rows = max(1, LOGIT_BYTES // (4 * vocab_size * batch.ids.shape[1]))
+        out += [
+            Batch(batch.domain, batch.ids[i : i + rows], batch.mask[i : i + rows])
+            for i in range(0, len(batch.ids), rows)
+        ]
+    return out
+
+
+def _score_row(
+    mine_TV: torch.Tensor, other_TV: torch.Tensor | None, ids_T: torch.Tensor, mask_T: torch.Tensor
+) -> tuple[_Sums, float]:
+    length = int(mask_T.sum())
+    sums = _Sums(tokens=max(0, length - 1))
+    largest = 0.0
+    for start in range(0, length - 1, ROW_CHUNK):
+        stop = min(start + ROW_CHUNK, length - 1)
+        target = ids_T[start + 1 : stop + 1, None].to(mine_TV.device)
+        logits = mine_TV[start:stop].float()
+        q = logits.log_softmax(-1)
+        sums.nll -= float(q.gather(1, target).sum())
+        if other_TV is not None:
+            theirs = other_TV[start:stop].float()
+            p = theirs.log_softmax(-1)
+            sums.source_nll -= float(p.gather(1, target).sum())
+            sums.kl += float((p.exp() * (p - q)).sum())
+            sums.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+            largest = max(largest, float((logits - theirs).abs().max()))
+    return sums, largest
+
+
+def _domain_score(rows: list[_Sums], compared: bool) -> DomainScore:
+    rows = [x for x in rows if x.tokens]
+    if not rows:
+        raise DataError("a domain has no token to predict", fix="give longer texts")
+    column = {
+        name: np.array([getattr(x, name) for x in rows], np.float64)
+        for name in ("tokens", "nll", "source_nll", "kl", "agree")
+    }
+    tokens = column["tokens"]
+    basic = DomainScore(int(tokens.sum()), len(rows), ratio_interval(column["nll"], tokens, exponential=True))
+    if not compared:
+        return basic
+    return DomainScore(
+        basic.tokens,
+        basic.sequences,
+        basic.perplexity,
+        kl=ratio_interval(column["kl"], tokens),
+        agreement=ratio_interval(column["agree"], tokens),
+        ratio=ratio_interval(column["nll"] - column["source_nll"], tokens, exponential=True),
+        source_perplexity=ratio_interval(column["source_nll"], tokens, exponential=True),
+    )

@@ -1,0 +1,103 @@
+"""Model: a checkpoint that is understood and not loaded; what `moekit.open` gives."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from moekit import refmoe
+from moekit.checkpoint.hub import download, is_hub_id, remote_checkpoint
+from moekit.checkpoint.reader import Checkpoint
+from moekit.errors import ModelError
+from moekit.families.detect import Understanding, dtype_of, understand
+from moekit.families.loader import Loader
+from moekit.families.stock import model_class
+from moekit.layout import Layout
+
+
+class Model:
+    """An MoE checkpoint: its layout and its files. Nothing is loaded until something asks for weights.
+
+    Args:
+        name: what the user called it.
+        checkpoint: its files (or, for a hub id, its headers).
+        trust_remote_code: allow code that the checkpoint brings along.
+
+    Raises:
+        ModelError: dense, unsupported, or of a refused format.
+        CheckpointError: files are missing or damaged.
+    """
+
+    def __init__(self, name: str, checkpoint: Checkpoint, trust_remote_code: bool = False):
+        self.name, self.checkpoint, self.trust_remote_code = name, checkpoint, trust_remote_code
+        self.understanding: Understanding = understand(checkpoint, trust_remote_code)
+
+    @classmethod
+    def open(cls, name: str | Path, *, trust_remote_code: bool = False, headers_only: bool = False) -> Model:
+        """Open a local folder, a hub id, or `refmoe` (the small trained model that comes with moekit).
+
+        Args:
+            name: folder, hub id or "refmoe".
+            trust_remote_code: allow code that the checkpoint brings along.
+            headers_only: for a hub id, fetch config and safetensors headers instead of the weights.
+        """
+        if str(name) == "refmoe":
+            return cls("refmoe", Checkpoint.open(refmoe.model_path()), trust_remote_code)
+        path = Path(name)
+        if not path.exists() and is_hub_id(str(name)):
+            if headers_only:
+                return cls(str(name), remote_checkpoint(str(name)), trust_remote_code)
+            path = download(str(name))
+        return cls(str(name), Checkpoint.open(path), trust_remote_code)
+
+    @property
+    def layout(self) -> Layout:
+        """What the model is."""
+        return self.understanding.layout
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.checkpoint.path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that name this model's weights (sampled)."""
+        return self.checkpoint.fingerprint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it runs unless told otherwise."""
+        return dtype_of(self.layout)
+
+    def loader(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Loader:
+        """A weightless stock model with a way to fill and empty its layers one at a time."""
+        return Loader(self.checkpoint, self.understanding, dtype, device, self.trust_remote_code)
+
+    def load(self, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+        """The whole model in memory, loaded by stock transformers, in eval mode.
+
+        Raises:
+            ModelError: it is quantised in a way that stock transformers cannot run here.
+        """
+        cls = model_class(self.understanding.config, self.trust_remote_code) or AutoModelForCausalLM
+        try:
+            model = cls.from_pretrained(self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ModelError(
+                "stock transformers cannot load this model here", where=self.path, got=str(error)[:500]
+            ) from error
+        return model.to(device).eval()
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        first = layout.layers[0]
+        total = layout.total
+        return (
+            f"<Model {self.name}: {layout.family}, {len(layout.routed)} MoE layers x {first.num_experts} experts, "
+            f"top-{first.top_k}, {total.params / 1e6:,.1f} M parameters, {total.bytes / 1e6:,.1f} MB>"
+        )

@@ -1,0 +1,356 @@
+"""Run a stock model layer by layer: one layer's weights in memory, the next being read, all batches through each.
+
+The model's own forward runs once per batch, each in a thread of its own that stops at every decoder layer: the layer's
+forward is a stub that hands its arguments over and waits. When all batches have arrived at layer i, its weights are
+put in, the real layer runs on each batch's arguments in turn, and every thread goes on with its result to layer i + 1.
+So whatever a family does before, between and after its layers (masks, positions, hyper-connections, pairs passed from
+layer to layer) is done by the family's own code, and the result is the stock forward, bit for bit. Only one thread
+runs at a time.
+
+Hidden states that pass `spill_bytes` wait on disk. A checkpoint after a layer holds every batch's output; on resume
+each thread walks again with all earlier stubs answering that output, which is exact where a layer's arguments depend
+on the last output only. That is checked on the first batch before any checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from moekit.errors import ModelError
+from moekit.families.loader import OUTER, Loader
+from moekit.progress import Progress, silent
+
+DEFAULT_SPILL_BYTES = 4 << 30
+
+
+class _Stopped(BaseException):
+    """Ends a waiting thread; not an Exception, so that no family's code catches it."""
+
+
+@dataclass
+class _Arrival:
+    """A batch has reached a decoder layer."""
+
+    layer: int
+    args: tuple
+    kwargs: dict
+
+
+class _Walk(threading.Thread):
+    """One batch on its way through the model's own forward."""
+
+    def __init__(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], current: threading.local):
+        super().__init__(daemon=True)
+        self._model, self.inputs, self._current = model, inputs, current
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.arrival: _Arrival | None = None
+        self.output: object = None
+        self.resident_bytes = 0
+
+    def run(self) -> None:
+        self._current.walk = self
+        try:
+            with torch.inference_mode():
+                self._outbox.put(self._model(**self.inputs, use_cache=False))
+        except _Stopped:
+            self._outbox.put(None)
+        except BaseException as error:
+            self._outbox.put(error)
+
+    def at_layer(self, layer: int, args: tuple, kwargs: dict) -> object:
+        """In the thread: hand over the layer's arguments, wait for its result."""
+        self._outbox.put(_Arrival(layer, args, kwargs))
+        del args, kwargs
+        answer = self._inbox.get()
+        if isinstance(answer, _Stopped):
+            raise answer
+        return answer
+
+    def proceed(self, answer: object = None) -> None:
+        """In the driver: let the thread go on until it stops at a layer or ends."""
+        if self.ident is None:
+            self.start()
+        else:
+            self.arrival = None
+            self._inbox.put(answer)
+        del answer
+        event = self._outbox.get()
+        if isinstance(event, BaseException):
+            raise event
+        self.arrival, self.output = (event, None) if isinstance(event, _Arrival) else (None, event)
+
+    def advance(self, layer: int, answer: object) -> None:
+        """In the driver: go on until layer `layer`, every stub before it answering `answer`."""
+        self.proceed()
+        while self.arrival is not None and self.arrival.layer < layer:
+            self.proceed(answer)
+
+    def stop(self) -> None:
+        """In the driver: end the thread if it waits."""
+        if self.is_alive() and self.arrival is not None:
+            self._inbox.put(_Stopped())
+            self.join()
+        self.arrival = None
+
+
+@dataclass
+class Checkpoints:
+    """Where a run leaves what it needs to go on after a kill.
+
+    Attributes:
+        folder: a folder of its own.
+        identity: names the job; what another job left is ignored.
+        carry: plain data saved and restored along with the hidden states.
+        every_s: seconds between checkpoints (at layer boundaries).
+    """
+
+    folder: Path
+    identity: str
+    carry: dict = field(default_factory=dict)
+    every_s: float = 60.0
+
+    def load(self) -> tuple[int, list[Path]]:
+        """(layer to go on with, one file a batch); (0, []) when there is nothing to resume."""
+        state = self.folder / "hidden" / "state.pt"
+        if not state.is_file():
+            return 0, []
+        saved = torch.load(state, weights_only=True)
+        if saved["identity"] != self.identity:
+            return 0, []
+        self.carry.clear()
+        self.carry.update(saved["carry"])
+        return saved["next"], sorted(state.parent.glob("batch-*.pt"))
+
+    def save_batch(self, number: int, output: object) -> None:
+        """Keep one batch's output of the layer that is running."""
+        folder = self.folder / "hidden.next"
+        if number == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        torch.save(
+            pytree.tree_map_only(torch.Tensor, lambda x: x.cpu().clone(), output), folder / f"batch-{number:06d}.pt"
+        )
+
+    def commit(self, following: int) -> None:
+        """All batches of a layer are kept: this is the checkpoint now."""
+        new, old = self.folder / "hidden.next", self.folder / "hidden"
+        torch.save({"identity": self.identity, "next": following, "carry": self.carry}, new / "state.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
+
+
+class Stream:
+    """Drives batches through a model whose weights come and go.
+
+    Args:
+        loader: of the model.
+        spill_bytes: hidden states beyond this wait on disk.
+        checkpoints: where to leave what a killed run needs to go on; None for nowhere.
+        progress: told (stage, done, total) in units of batch x layer.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        spill_bytes: int = DEFAULT_SPILL_BYTES,
+        checkpoints: Checkpoints | None = None,
+        progress: Progress = silent,
+    ):
+        self.loader, self.model = loader, loader.model
+        self._spill_bytes, self._checkpoints, self._progress = spill_bytes, checkpoints, progress
+        self._current = threading.local()
+        self.resumed_at = 0
+
+    def run(
+        self,
+        batches: Sequence[torch.Tensor],
+        *,
+        around: Callable[[int, int], contextlib.AbstractContextManager] | None = None,
+        after_layer: Callable[[int], None] | None = None,
+        last_layer: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Push all batches through the model.
+
+        Args:
+            batches: token ids [B, T], any shapes.
+            around: called as around(layer, batch); the context holds while that layer runs on that batch.
+            after_layer: called when all batches have passed a layer (save what was gathered for it there).
+            last_layer: stop after this layer; no logits then.
+
+        Yields:
+            Logits [B, T, vocabulary] of each batch, in order; nothing with `last_layer`.
+
+        Raises:
+            ModelError: the model does not run its decoder layers one after the other.
+            CheckpointError: weights cannot be read.
+        """
+        stock = [layer.forward for layer in self.loader.layers]
+        end = len(stock) if last_layer is None else last_layer + 1
+        outer = self.loader.read(OUTER)
+        self.loader.attach(OUTER, outer)
+        walks = [_Walk(self.model, {"input_ids": ids.to(self.loader.device)}, self._current) for ids in batches]
+        try:
+            for index, layer in enumerate(self.loader.layers):
+                layer.forward = self._stub(index)
+            with _Spill(self._spill_bytes) as spill:
+                start = self._begin(walks, spill)
+                self._layers(walks, stock, spill, start, end, last_layer is None, around, after_layer)
+            if last_layer is None:
+                for number, walk in enumerate(walks):
+                    out, walk.output = walk.output, None
+                    if out is None:
+                        raise ModelError("the model runs its layers more than once", where=type(self.model).__name__)
+                    yield out.logits
+                    del out
+                    self._progress("head", number + 1, len(walks))
+        finally:
+            for walk in walks:
+                walk.stop()
+            for layer in self.loader.layers:
+                vars(layer).pop("forward", None)
+            self.loader.detach(OUTER, outer)
+
+    def _stub(self, index: int) -> Callable:
+        def forward(*args, **kwargs):
+            return self._current.walk.at_layer(index, args, kwargs)
+
+        return forward
+
+    def _begin(self, walks: list[_Walk], spill: _Spill) -> int:
+        """Bring every batch to the first layer that is still to run."""
+        start, files = self._checkpoints.load() if self._checkpoints else (0, [])
+        if len(files) != len(walks):
+            start, files = 0, []
+        self.resumed_at = start
+        for number, walk in enumerate(walks):
+            output = torch.load(files[number], map_location=self.loader.device, weights_only=True) if files else None
+            walk.advance(start, output)
+            spill.away(walk)
+        return start
+
+    def _layers(
+        self,
+        walks: list[_Walk],
+        stock: list[Callable],
+        spill: _Spill,
+        start: int,
+        end: int,
+        finish: bool,
+        around: Callable[[int, int], contextlib.AbstractContextManager] | None,
+        after_layer: Callable[[int], None] | None,
+    ) -> None:
+        store, saved_at = self._checkpoints, time.monotonic()
+        with ThreadPoolExecutor(1, "moekit-read") as reader:
+            reading: Future = reader.submit(self.loader.read, start)
+            for index in range(start, end):
+                tensors = reading.result()
+                if index + 1 < end:
+                    reading = reader.submit(self.loader.read, index + 1)
+                self.loader.attach(index, tensors)
+                last = index + 1 == end
+                saving = store is not None and not last and time.monotonic() - saved_at >= store.every_s
+                for number, walk in enumerate(walks):
+                    spill.back(walk)
+                    arrival = walk.arrival
+                    if arrival is None or arrival.layer != index:
+                        raise ModelError("the model does not run its layers in order", where=type(self.model).__name__)
+                    with torch.inference_mode(), around(index, number) if around else contextlib.nullcontext():
+                        output = stock[index](*arrival.args, **arrival.kwargs)
+                    del arrival
+                    if saving:
+                        store.save_batch(number, output)
+                    if last and not finish:
+                        walk.stop()
+                    else:
+                        walk.proceed(output)
+                        saving = saving and (number > 0 or self._replays(walk, output))
+                        spill.away(walk)
+                    del output
+                    self._progress("layers", index * len(walks) + number + 1, end * len(walks))
+                self.loader.detach(index, tensors)
+                del tensors
+                if after_layer is not None:
+                    after_layer(index)
+                if saving:
+                    store.commit(index + 1)
+                    saved_at = time.monotonic()
+
+    def _replays(self, walk: _Walk, output: object) -> bool:
+        """Would a new walk, every stub answering `output`, arrive where this one stands? Else resuming is not exact."""
+        again = _Walk(self.model, walk.inputs, self._current)
+        try:
+            again.advance(walk.arrival.layer, output)
+            ours, theirs = ((x.arrival.args, x.arrival.kwargs) for x in (walk, again))
+            a, b = pytree.tree_leaves(ours), pytree.tree_leaves(theirs)
+            return len(a) == len(b) and all(
+                torch.equal(x, y) if isinstance(x, torch.Tensor) else not isinstance(x, int | float) or x == y
+                for x, y in zip(a, b, strict=True)
+            )
+        finally:
+            again.stop()
+
+
+class _Spill:
+    """Keeps hidden states of waiting batches on disk once they pass a limit; the tensors' memory is freed in place."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit, self._resident = limit_bytes, 0
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._gone: dict[_Walk, list[tuple[torch.UntypedStorage, Path]]] = {}
+
+    def __enter__(self) -> _Spill:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def away(self, walk: _Walk) -> None:
+        """The batch waits at a layer: count its hidden states, and write them out if there are too many."""
+        if walk.arrival is None:
+            return
+        arrival = walk.arrival
+        first = arrival.args[0] if arrival.args else arrival.kwargs.get("hidden_states")
+        tensors = [x for x in pytree.tree_leaves(first) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+        size = sum(x.nbytes() for x in storages.values())
+        if self._resident + size <= self._limit:
+            self._resident += size
+            walk.resident_bytes = size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="moekit-spill-")
+        self._gone[walk] = []
+        for number, storage in enumerate(storages.values()):
+            file = Path(self._folder.name) / f"{id(walk)}-{number}"
+            torch.from_file(str(file), shared=True, size=storage.nbytes(), dtype=torch.uint8).copy_(_as_bytes(storage))
+            self._gone[walk].append((storage, file))
+            storage.resize_(0)
+
+    def back(self, walk: _Walk) -> None:
+        """The batch's turn has come: its hidden states are in memory again."""
+        self._resident -= walk.resident_bytes
+        walk.resident_bytes = 0
+        for storage, file in self._gone.pop(walk, ()):
+            storage.resize_(os.stat(file).st_size)
+            data = torch.from_file(str(file), size=storage.nbytes(), dtype=torch.uint8)
+            _as_bytes(storage).copy_(data)
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
