@@ -24,6 +24,7 @@ SRC = ROOT / "src" / "moekit"
 FLOORS = {
     "errors": 1,
     "refmoe": 1,  # package data: the reference model and its texts
+    "progress": 1,
     "layout": 2,
     "recipe": 2,
     "data": 2,

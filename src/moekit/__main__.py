@@ -1,0 +1,5 @@
+"""`python -m moekit` is `moekit`."""
+
+from moekit.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""What all verbs share on the screen: consoles, tables, progress bars with rate and estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from moekit.progress import Progress
+
+
+def console() -> Console:
+    """Standard output."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def errors_to(stream: TextIO) -> Console:
+    """A console for messages, apart from results."""
+    return Console(file=stream, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="dim")
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """A progress callback that draws one bar a stage on standard error (nothing when that is no terminal)."""
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    screen = Console(stderr=True)
+    with Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal) as drawn:
+        tasks: dict[str, object] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = drawn.add_task(stage, total=total)
+            drawn.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A plain table: first column left, numbers right."""
+    out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(columns):
+        out.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*(str(cell) for cell in row))
+    return out
