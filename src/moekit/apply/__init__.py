@@ -1,0 +1,1 @@
+"""Carrying out plans: on disk (bake) and on a live model (live)."""
