@@ -1,0 +1,10 @@
+"""Methods: what decides, from statistics alone, what to do to a model. Each is one file and returns its part of a Plan.
+
+`names` and `get` look methods up; `make_plan` runs one.
+"""
+
+from moekit.methods._registry import METHODS, Method, get, method, names
+from moekit.methods.prune import make_plan, removed_gate_mass
+from moekit.methods.super_experts import super_experts
+
+__all__ = ["METHODS", "Method", "get", "make_plan", "method", "names", "removed_gate_mass", "super_experts"]

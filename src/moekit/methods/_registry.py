@@ -1,0 +1,106 @@
+"""The registry: a method is one decorated function in one file, and one line here.
+
+Lines are names and places, so that listing the methods imports none of them; the folder that a method lives in is its
+kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from moekit.errors import RecipeError, did_you_mean
+from moekit.stats import FIELDS, GROUPS
+
+METHODS = {
+    "random": "moekit.methods.prune.random:scores",
+    "frequency": "moekit.methods.prune.frequency:scores",
+    "gate-mass": "moekit.methods.prune.gate_mass:scores",
+    "ean": "moekit.methods.prune.ean:scores",
+    "man": "moekit.methods.prune.man:scores",
+    "reap": "moekit.methods.prune.reap:scores",
+    "easy-ep": "moekit.methods.prune.easy_ep:scores",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method; calling it calls its function.
+
+    Attributes:
+        name: as in the registry.
+        kind: what it does, and the folder that it lives in: "prune".
+        needs: names of `moekit.stats.FIELDS` that it reads.
+        summary: one line for lists.
+        paper: title and arXiv id; empty for baselines without one.
+        options: its settings with their defaults, from the function's keyword-only arguments.
+        function: what it computes; the arguments are those of its kind.
+    """
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    summary: str
+    paper: str
+    options: Mapping[str, Any]
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(*args, **options)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of statistics to measure for it; "scores" always, for super experts and what the notes report."""
+        return tuple(x for x in GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All its options: those given, checked, over the defaults.
+
+        Raises:
+            RecipeError: no such option, or a value of another type than the default's.
+        """
+        for key, value in given.items():
+            if key not in self.options:
+                fix = did_you_mean(key, self.options) if self.options else "leave it out"
+                raise RecipeError(f"the method {self.name!r} has no option {key!r}", where=f"options.{key}", fix=fix)
+            wanted = type(self.options[key])
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise RecipeError(
+                    f"an option of the method {self.name!r} has the wrong type",
+                    where=f"options.{key}",
+                    expected=f"{wanted.__name__}, as {self.options[key]!r}",
+                    got=repr(value),
+                )
+        return dict(self.options) | dict(given)
+
+
+def method(
+    name: str, *, kind: str, needs: tuple[str, ...] = (), summary: str, paper: str = ""
+) -> Callable[[Callable[..., Any]], Method]:
+    """Declare the decorated function to be a method; see `Method` for the arguments."""
+
+    def declare(function: Callable[..., Any]) -> Method:
+        keywords = [x for x in inspect.signature(function).parameters.values() if x.kind is x.KEYWORD_ONLY]
+        return Method(name, kind, needs, summary, paper, {x.name: x.default for x in keywords}, function)
+
+    return declare
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    if name not in METHODS:
+        raise RecipeError(f"there is no method {name!r}", where="method", fix=did_you_mean(name, METHODS))
+    module, _, attribute = METHODS[name].partition(":")
+    return vars(import_module(module))[attribute]
+
+
+def names(kind: str | None = None) -> tuple[str, ...]:
+    """Names of all methods, or of those of one kind, in the registry's order."""
+    return tuple(name for name, place in METHODS.items() if kind in (None, place.split(".")[2]))

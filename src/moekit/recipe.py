@@ -1,0 +1,292 @@
+"""A recipe: everything that a compression run is made of, as YAML that a person writes and that every output carries.
+
+    model: refmoe                   # a folder, a hub id, or refmoe
+    data: {python: texts/python}    # calibration text by domain
+    domain: python                  # whose statistics count; left out: all
+    method: easy-ep
+    keep: 0.5                       # share of the experts of a layer, or their number
+    out: refmoe-python
+
+Paths count from the recipe's own folder. An unknown key, a wrong type or an impossible value is a `RecipeError` that
+names the line. Which methods and options there are is checked where methods are known (`moekit.methods`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
+from pydantic_core import PydanticCustomError
+
+from moekit.errors import RecipeError, did_you_mean
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?))?b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of a size as people write it: `5GB` is 5 * 10^9, `5GiB` is 5 * 2^30, a bare number is bytes.
+
+    Raises:
+        RecipeError: not a size.
+    """
+    found = _SIZE.fullmatch(str(size)) if type(size) in (str, int) else None
+    if not found:
+        raise RecipeError("this is not a size", expected="a number and a unit, as 5GB or 512MiB", got=repr(size))
+    number, unit, binary = found.groups()
+    return round(float(number) * (1024 if binary else 1000) ** _UNITS[(unit or "").lower()])
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in decimal units with three digits: `16.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} PB"
+
+
+def _keep(value: object) -> object:
+    """Text from a command line, `0.5`, `50%` or `64`, as the number that it means."""
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.isdigit() else float(value.rstrip("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            value = None
+    if (type(value) is int and value >= 1) or (type(value) is float and 0 < value <= 1):
+        return value
+    raise RecipeError("keep is not possible", expected="a share in (0, 1], as 0.5 or 50%, or a number of experts")
+
+
+def _checked(parse: Callable[[Any], object]) -> BeforeValidator:
+    """A parser for pydantic: its RecipeError becomes the field's, which knows the line."""
+
+    def run(value: object) -> object:
+        try:
+            return parse(value)
+        except RecipeError as error:
+            raise PydanticCustomError("recipe", "recipe", {"error": error}) from None
+
+    return BeforeValidator(run)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1_000_000), _checked(parse_bytes)]
+Keep = Annotated[int | float, _checked(_keep)]
+Names = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
+
+_NOT_OPTIONS = {key: f"write {key} beside options" for key in ("keep", "domain", "budget", "protect")} | {
+    "seed": "write it in calibration"
+}
+
+
+class Part(BaseModel):
+    """A mapping of the recipe: no other keys, no guessed types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Calibration(Part):
+    """How much of the text is measured.
+
+    Attributes:
+        tokens: of each domain, at most; None: all.
+        sequence_length: tokens of a sequence, at most.
+        batch_tokens: tokens (padding counted) that go through a layer together.
+        seed: of every draw: which text a budget takes, methods that draw.
+    """
+
+    tokens: Positive | None = 65_536
+    sequence_length: Positive = 512
+    batch_tokens: Positive = 8_192
+    seed: int = 0
+
+
+class Evaluation(Part):
+    """Text that the result is compared with its source on; not the calibration text.
+
+    Attributes:
+        data: path or dataset by domain.
+        tokens: of each domain, at most; None: all.
+        sequence_length: tokens of a sequence, at most.
+    """
+
+    data: Annotated[dict[str, str], Field(min_length=1)]
+    tokens: Positive | None = 16_384
+    sequence_length: Positive = 512
+
+
+class Recipe(Part):
+    """A compression run.
+
+    Attributes:
+        model: a folder, a hub id, or "refmoe".
+        data: calibration text, path or dataset by domain.
+        domain: the domains whose statistics count; None: all.
+        method: name in the registry of methods.
+        keep: share (float) or number (int) of experts that a layer keeps.
+        budget: the same number in every layer, or as many in all, where they are worth most.
+        protect: what stays whatever its score: super experts, or nothing.
+        options: of the method.
+        calibration: how much of the text is measured.
+        evaluation: what the result is compared on; None: it is not.
+        out: folder of the result.
+        shard_size: bytes of an output file, at most.
+        dtype: in which layers are run; "auto": as they are on disk.
+        verify: reload the result in stock transformers and compare.
+    """
+
+    model: str
+    data: Annotated[dict[str, str], Field(min_length=1)]
+    domain: Names | None = None
+    method: str = "easy-ep"
+    keep: Keep
+    budget: Literal["uniform", "global"] = "uniform"
+    protect: Literal["super", "none"] = "super"
+    options: dict[str, Any] = {}
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = None
+    out: str
+    shard_size: Size = 5_000_000_000
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    verify: bool = True
+
+    @field_serializer("shard_size")
+    def _size_for_people(self, size: int) -> str | int:
+        text = format_bytes(size)
+        return text if parse_bytes(text) == size else size
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read a recipe; its paths become absolute.
+
+        Raises:
+            RecipeError: no such file, not YAML, an unknown key, a wrong type or an impossible value.
+        """
+        path = Path(os.path.expanduser(file))
+        try:
+            text = path.read_text(encoding="utf-8")
+            node, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError("the recipe cannot be read", where=path, got=error) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 32nd of a month
+            raise RecipeError("the recipe is not YAML", where=path, got=str(error)[:300]) from None
+        lines = _key_lines(node, path)
+        return cls._build(raw, lambda key: _place(path, lines, key)).resolved(path.absolute().parent)
+
+    @classmethod
+    def from_flags(cls, **flags: Any) -> Self:
+        """A recipe from a flat list of settings; those that are None were not given. Paths count from here.
+
+        Args:
+            flags: keys of a recipe; keys of `calibration`; keys of `evaluation` as `evaluation_data`, ...; `options`
+                may be a list of NAME=VALUE.
+
+        Raises:
+            RecipeError: as for `load`.
+        """
+        raw = {key: value for key, value in flags.items() if value is not None}
+        if isinstance(raw.get("options"), list):
+            raw["options"] = dict(map(_option, raw["options"]))
+        calibration = {key: raw.pop(key) for key in Calibration.model_fields if key in raw}
+        prefix = "evaluation_"
+        evaluation = {key.removeprefix(prefix): raw.pop(key) for key in list(raw) if key.startswith(prefix)}
+        raw |= {"calibration": calibration} if calibration else {}
+        raw |= {"evaluation": evaluation} if evaluation else {}
+        return cls._build(raw, ".".join).resolved(Path.cwd())
+
+    @classmethod
+    def _build(cls, raw: object, where: Callable[[tuple[str, ...]], str]) -> Self:
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            raise _explained(error, where) from None
+        for domain in recipe.domain or ():
+            if domain not in recipe.data:
+                fix = did_you_mean(domain, recipe.data)
+                raise RecipeError(f"the data have no domain {domain!r}", where=where(("domain",)), fix=fix)
+        for key, fix in _NOT_OPTIONS.items():
+            if key in recipe.options:
+                raise RecipeError(f"{key!r} is no option of a method", where=where(("options", key)), fix=fix)
+        return recipe
+
+    def resolved(self, folder: Path) -> Self:
+        """The same with paths made absolute, counted from `folder`; names (hub ids, refmoe, datasets) stay."""
+        data = {name: _located(path, folder) for name, path in self.data.items()}
+        recipe = self.model_copy(update={"model": _located(self.model, folder), "data": data}, deep=True)
+        recipe.out = os.path.abspath(folder / os.path.expanduser(self.out))
+        if recipe.evaluation:
+            recipe.evaluation.data = {name: _located(path, folder) for name, path in recipe.evaluation.data.items()}
+        return recipe
+
+    def to_yaml(self) -> str:
+        """YAML that `load` reads back as the same recipe, defaults spelt out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _place(path: Path, lines: Mapping[tuple[str, ...], int], key: tuple[str, ...]) -> str:
+    """File, line and dotted key; the line is that of the nearest key above which is written there."""
+    known = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    file = f"{path}:{lines[known]}" if known else str(path)
+    return f"{file}: {'.'.join(key)}" if key else file
+
+
+def _located(value: str, folder: Path) -> str:
+    """The absolute path of `value`, unless it can only be the name of a model or a dataset."""
+    path = os.path.expanduser(value)
+    found = os.path.exists(folder / path) or os.path.exists(path)  # what is here but not there is a path, and missed
+    if not found and value.count("/") < 2 and not value.startswith((".", "~", "/")):
+        return value
+    return os.path.abspath(folder / path)
+
+
+def _option(item: str) -> tuple[str, Any]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise RecipeError("an option of the method has no value", where="options", expected="NAME=VALUE", got=item)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
+
+
+def _key_lines(node: yaml.Node | None, file: Path, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """The line of every key; YAML itself would take the last of two equal ones."""
+    lines: dict[tuple[str, ...], int] = {}
+    if not isinstance(node, yaml.MappingNode) or len(above) > 2:
+        return lines
+    for key, value in node.value:
+        place, line = (*above, str(key.value)), key.start_mark.line + 1
+        if place in lines:
+            raise RecipeError(
+                f"{'.'.join(place)!r} is given twice", where=f"{file}:{line}", got=f"line {lines[place]} too"
+            )
+        lines |= {place: line} | _key_lines(value, file, place)
+    return lines
+
+
+def _explained(error: ValidationError, where: Callable[[tuple[str, ...]], str]) -> RecipeError:
+    """The first of pydantic's complaints in our form; an unknown key first, as it may be the misspelt missing one."""
+    first = min(error.errors(), key=lambda x: x["type"] != "extra_forbidden")
+    key = tuple(str(part) for part in first["loc"] if part != "[key]")
+    name, got = ".".join(key), repr(first["input"])[:200]
+    parts: dict[str, type[Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+    match first["type"]:
+        case "extra_forbidden":
+            part = parts[key[0]] if len(key) > 1 else Recipe
+            fix = did_you_mean(key[-1], part.model_fields)
+            return RecipeError(f"a recipe has no key {name!r}", where=where(key), fix=fix)
+        case "missing":
+            return RecipeError(f"the recipe lacks {name!r}", where=where(key[:-1]), fix=f"add {name}")
+        case "recipe":
+            cause = first["ctx"]["error"]
+            return RecipeError(cause.problem, where=where(key), expected=cause.expected, got=got, fix=cause.fix)
+        case "model_type" if not key:
+            return RecipeError("this is not a recipe", where=where(key), expected="keys and values", got=got)
+    expected = re.sub("^Input should be | or instance of .*", "", first["msg"])
+    return RecipeError(f"{name!r} has a wrong value", where=where(key), expected=expected, got=got)
