@@ -203,6 +203,22 @@ def test_the_global_budget_leaves_every_layer_its_top_k():
     assert [len(plan.kept(x)) for x in layout.routed] == [4, 4]
 
 
+def test_the_global_budget_grows_layers_by_one_expert_a_group():
+    layout = make_layout(layers=2, experts=12, groups=2, groups_kept=1)
+    lopsided, even = [10, 9, 8, 7, 0, 0, 10, 9, 0, 0, 0, 0], [10, 9, 5, 4.5, 0, 0] * 2
+    stats = make_stats(layout, {0: {"norm": [lopsided] * 2}, 1: {"norm": [even] * 2}})
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, budget="global", protect="none")
+    assert [len(plan.kept(x)) for x in layout.routed] == [4, 8]  # a third in each group is worth 8 + 0 < 5 + 5
+
+
+def test_the_global_budget_makes_room_for_super_experts():
+    layout = make_layout(layers=4, experts=128, top_k=1)
+    stats = peaks_of(layout, {(1, 5): 500.0, (1, 9): 500.0})
+    stats.layers[1].arrays["norm"][:] = np.arange(128) == 0  # one expert has it all
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, budget="global")
+    assert plan.kept(layout.layers[1])[:3] == (0, 5, 9)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3, 6])
 @pytest.mark.parametrize(("groups", "groups_kept"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_fewest_is_the_smallest_that_a_router_works_with(top_k, groups, groups_kept):
@@ -265,7 +281,11 @@ def test_super_experts_beyond_the_budget_are_named():
 
 def test_notes_say_what_was_cold_thin_and_removed():
     layout = make_layout(layers=1, experts=4, top_k=2, renormalised=False)
-    arrays = {"count": [[5, 3, 2, 0]] * 2, "norm": [[4, 3, 2, 1]] * 2, "gate_mass": [[6, 2, 1, 1], [1, 1, 1, 97]]}
+    arrays = {
+        "count": [[5, 3, 2, 0], [5, 3, 2, 7]],
+        "norm": [[4, 3, 2, 1]] * 2,
+        "gate_mass": [[6, 2, 1, 1], [1, 1, 1, 97]],
+    }
     stats = make_stats(layout, {0: arrays}, tokens=(150, 900))
     plan = methods.make_plan("ean", stats, layout, keep=0.5, domain="code", protect="none")
     assert plan.notes == [
@@ -277,7 +297,7 @@ def test_notes_say_what_was_cold_thin_and_removed():
     ]
     assert methods.removed_gate_mass(plan, stats, layout, "code") == {0: pytest.approx(0.2)}
     assert methods.removed_gate_mass(plan, stats, layout) == {0: pytest.approx(100 / 110)}
-    assert len(methods.make_plan("ean", stats, layout, keep=1.0, protect="none").notes) == 3
+    assert len(methods.make_plan("ean", stats, layout, keep=1.0, protect="none").notes) == 2
 
 
 def test_mtp_layers_are_left_out():
