@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -29,6 +29,7 @@ from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plan import Plan
+from moekit.progress import Progress, silent
 
 MTP_COUNT = re.compile(r"(nextn_predict|mtp).*layers")
 NUMBER = re.compile(r"(\d+)")
@@ -65,7 +66,7 @@ def bake(
     provenance: Mapping[str, object] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Baked:
     """Write the model that `plan` makes of a checkpoint; running it again after a kill goes on where it stopped.
 
@@ -80,7 +81,7 @@ def bake(
         provenance: JSON data for moekit.json: recipe, settings ...
         shard_bytes: largest size of a file.
         overwrite: replace a model that lies in `out`.
-        progress: called with (bytes done, bytes in all).
+        progress: told of "bytes".
 
     Raises:
         PlanError: the plan does not fit, or its result would not load in stock transformers.

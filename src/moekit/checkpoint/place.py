@@ -29,10 +29,10 @@ def check_place(out: Path, overwrite: bool) -> None:
     """
     if not out.parent.is_dir():
         raise OutputError("the folder for the output does not exist", where=out.parent, fix=f"mkdir -p {out.parent}")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OutputError("no permission to write here", where=out.parent, fix="choose another folder")
     if os.path.ismount(out):
         raise OutputError("the output is a mount point", where=out, fix=f"write into a folder in it: {out / 'model'}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputError("no permission to write here", where=out.parent, fix="choose another folder")
     if out.exists() and not out.is_dir():
         raise OutputError("the output is a file", where=out, expected="a new folder", fix="choose another name")
     if out.is_dir() and any(out.iterdir()):
@@ -124,7 +124,7 @@ def claimed(partial: Path) -> Iterator[None]:
 
 
 def take_over(partial: Path, identity: dict, overwrite: bool) -> None:
-    """Mark the claimed folder as this job's, unless it is already; clear what may be dropped.
+    """Clear what may be dropped from the claimed folder: what remains are finished shards of this very job.
 
     Raises:
         OutputError: it holds another job's work, or something unknown.
@@ -148,7 +148,11 @@ def take_over(partial: Path, identity: dict, overwrite: bool) -> None:
         stale = []
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if old != identity:
+
+
+def sign(partial: Path, identity: dict) -> None:
+    """Say whose work the claimed folder holds; the signature of a run before is left as it is."""
+    if not (partial / JOB).exists():
         write_text(partial / JOB, json.dumps(identity, indent=1))
         sync(partial / JOB)
 

@@ -32,12 +32,14 @@ from moekit.checkpoint.place import (
     claimed,
     failed,
     move,
+    sign,
     sync,
     take_over,
     write_text,
 )
 from moekit.checkpoint.reader import DTYPES, INDEX, SINGLE
 from moekit.errors import CheckpointError, OutputError
+from moekit.progress import Progress, silent
 
 BLOCK_BYTES, BUFFER_BYTES = 1 << 26, 1 << 23  # one copy inside the kernel; one copy through our own memory
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -157,7 +159,7 @@ def write_checkpoint(
     job: dict,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
     finish: Callable[[Path], object] | None = None,
 ) -> Written:
     """Write a checkpoint folder, or go on with one that the same job left unfinished.
@@ -170,7 +172,7 @@ def write_checkpoint(
         job: JSON data that names what is written (hashes of source and plan): equal jobs continue each other's work.
         shard_bytes: largest size of a file's tensors together.
         overwrite: replace `out` if it holds a model; drop what another job left unfinished.
-        progress: called with (bytes done, bytes in all).
+        progress: told of "bytes".
         finish: called with the unfinished folder when all else is in it, to add files.
 
     Raises:
@@ -178,6 +180,7 @@ def write_checkpoint(
         CheckpointError: an input file ends early.
     """
     out = Path(out).resolve()
+    check_place(out, overwrite)
     partial = out.with_name(out.name + ".partial")
     if shard_bytes < 1:
         raise OutputError("impossible shard size", expected="at least 1 byte", got=shard_bytes)
@@ -185,7 +188,6 @@ def write_checkpoint(
     shards = plan_shards(tensors, shard_bytes)
     sides = [(Path(source), Path(relative)) for source, relative in side_files]
     check_side_files(sides, {shard.name for shard in shards} | {"config.json", INDEX, JOB})
-    check_place(out, overwrite)
     check_inputs(out, partial, {x.source.file for x in tensors if isinstance(x.source, Copy)} | {x for x, _ in sides})
     identity = json.loads(json.dumps({"job": job, "shard_bytes": shard_bytes, "tensors": _hash(tensors)}))
     try:
@@ -194,7 +196,8 @@ def write_checkpoint(
             todo = [shard for shard in shards if not _is_finished(partial / shard.name, shard)]
             total, left = sum(x.bytes for x in shards), sum(x.bytes for x in todo)
             check_space(partial, left + sum(source.stat().st_size for source, _ in sides))
-            report = _Progress(progress, total - left, total)
+            sign(partial, identity)
+            report = _Bytes(progress, total - left, total)
             for shard in todo:
                 _write_shard(partial / shard.name, shard, report)
             _write_small_files(partial, shards, config, sides)
@@ -208,17 +211,16 @@ def write_checkpoint(
     return Written(out, sum(x.bytes for x in tensors), len(shards), len(shards) - len(todo))
 
 
-class _Progress:
+class _Bytes:
     """Adds up bytes and tells the listener."""
 
-    def __init__(self, listener: Callable[[int, int], None] | None, done: int, total: int):
+    def __init__(self, listener: Progress, done: int, total: int):
         self.listener, self.done, self.total = listener, done, total
         self(0)
 
     def __call__(self, count: int) -> None:
         self.done += count
-        if self.listener:
-            self.listener(self.done, self.total)
+        self.listener("bytes", self.done, self.total)
 
 
 def _check_consistent(tensors: Sequence[OutTensor]) -> None:
