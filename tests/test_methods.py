@@ -268,7 +268,11 @@ def test_super_experts_are_protected_by_default():
     plan = methods.make_plan("ean", stats, layout, keep=0.5)
     assert 9 not in plan.dropped()[1]
     assert "super experts protected: 1.9" in plan.notes
-    assert 9 in methods.make_plan("ean", stats, layout, keep=0.5, protect="none").dropped()[1]
+    bare = methods.make_plan("ean", stats, layout, keep=0.5, protect="none")
+    assert 9 in bare.dropped()[1]
+    assert not any("super" in note for note in bare.notes)
+    found_none = methods.make_plan("ean", make_stats(layout, {}), layout, keep=0.5)
+    assert "super experts protected: none found" in found_none.notes
 
 
 def test_super_experts_beyond_the_budget_are_named():

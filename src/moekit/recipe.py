@@ -240,7 +240,7 @@ def _located(value: str, folder: Path) -> str:
     """The absolute path of `value`, unless it can only be the name of a model or a dataset."""
     path = os.path.expanduser(value)
     found = os.path.exists(folder / path) or os.path.exists(path)  # what is here but not there is a path, and missed
-    if not found and value.count("/") < 2 and not value.startswith((".", "~", "/")):
+    if value == "refmoe" or (not found and value.count("/") < 2 and not value.startswith((".", "~", "/"))):
         return value
     return os.path.abspath(folder / path)
 

@@ -126,8 +126,8 @@ def _notes(plan: Plan, stats: Stats, layout: Layout, domains: list[str], safe: f
         yield f"warning: few tokens; take at least {enough:,}, {ENOUGH_TOKENS} for an average expert"
     dropped = plan.dropped()
     gone = {x for x in safe if x.expert in dropped.get(x.layer, ())}
-    if safe - gone:
-        yield f"super experts protected: {', '.join(map(str, sorted(safe - gone)))}"
+    if plan.settings["protect"] == "super":
+        yield f"super experts protected: {', '.join(map(str, sorted(safe - gone))) or 'none found'}"
     if gone:
         yield f"warning: super experts that the budget has no room for: {', '.join(map(str, sorted(gone)))}"
     cold = {x.index: int((stats.get("count", x.index, domains) == 0).sum()) for x in layout.routed}
