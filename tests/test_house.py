@@ -29,7 +29,7 @@ FLOORS = {
     "recipe": 2,
     "data": 2,
     "checkpoint": 3,
-    "plan": 3,
+    "plans": 3,
     "stats": 3,
     "families": 4,
     "trace": 4,
@@ -38,8 +38,8 @@ FLOORS = {
     "report": 5,
     "stream": 6,
     "apply": 6,
-    "measure": 7,
-    "evaluate": 7,
+    "measurement": 7,
+    "evaluation": 7,
     "serve": 7,
     "pipeline": 8,
     "__init__": 8,  # the Python face: may import anything itself, lazily; only the command line may import it
@@ -177,9 +177,9 @@ def test_every_room_has_a_floor():
 @pytest.mark.parametrize(
     ("path", "line", "complaint"),
     [
-        ("layout.py", "from moekit.plan import Plan", "layout (floor 2) imports moekit.plan (floor 3)"),
-        ("layout.py", "from .plan import Plan", "layout (floor 2) imports moekit.plan (floor 3)"),
-        ("layout.py", "from . import plan", "layout (floor 2) imports moekit.plan (floor 3)"),
+        ("layout.py", "from moekit.plans import Plan", "layout (floor 2) imports moekit.plans (floor 3)"),
+        ("layout.py", "from .plans import Plan", "layout (floor 2) imports moekit.plans (floor 3)"),
+        ("layout.py", "from . import plans", "layout (floor 2) imports moekit.plans (floor 3)"),
         ("layout.py", "def f():\n    import moekit.cli", "layout (floor 2) imports moekit.cli (floor 9)"),
         ("layout.py", "from moekit import open", "layout (floor 2) imports moekit (floor 8)"),
         ("plan.py", "from moekit.stats import Stats", "plan (floor 3) imports moekit.stats (floor 3)"),

@@ -16,7 +16,7 @@ from moekit import methods
 from moekit.errors import DataError, PlanError, RecipeError
 from moekit.layout import ExpertId, Layout, MoELayer, Part, Router
 from moekit.methods.budget import fewest
-from moekit.plan import Plan, check_feasible
+from moekit.plans import Plan, check_feasible
 from moekit.stats import FIELDS, LayerStats, Stats
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "methods"

@@ -1,3 +1,146 @@
-"""moekit: the workbench for Mixture-of-Experts language models."""
+"""moekit: the workbench for Mixture-of-Experts language models.
+
+    import moekit
+
+    m = moekit.open("refmoe")                                          # layout and files, nothing loaded
+    stats = moekit.measure(m, data={"python": "texts/"})               # one streamed pass
+    plan = moekit.plan("easy-ep", stats, keep=0.5, domain="python")    # data that a person can read
+    out = moekit.bake(m, plan, "out/")                                 # a smaller checkpoint, streamed
+    print(moekit.evaluate(out, against=m, data={"python": "held-out/"}))
+
+The functions here are the short way; each is a few lines around the module that does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moekit.apply.bake import Baked
+    from moekit.data import Dataset
+    from moekit.evaluation import Evaluation
+    from moekit.families.model import Model
+    from moekit.plans import Plan
+    from moekit.stats import Stats
 
 __version__ = "0.1.0"
+__all__ = ["bake", "evaluate", "load_data", "measure", "open", "plan"]
+
+Texts = Mapping[str, str | Path] | Sequence[str]
+
+
+def open(name: str | Path, *, trust_remote_code: bool = False) -> Model:
+    """Understand a model without loading it.
+
+    Args:
+        name: a folder, a hub id (its files are downloaded), or "refmoe".
+        trust_remote_code: allow code that the checkpoint brings along.
+
+    Raises:
+        ModelError: not an MoE model that moekit supports.
+        CheckpointError: files are missing or damaged.
+    """
+    from moekit.families.model import Model
+
+    return Model.open(name, trust_remote_code=trust_remote_code)
+
+
+def load_data(
+    model: Model, texts: Texts, *, tokens: int | None = 65_536, sequence_length: int = 512, seed: int = 0
+) -> Dataset:
+    """Read and tokenise texts with a model's own tokenizer.
+
+    Args:
+        model: from `open`.
+        texts: path or dataset by domain, or `NAME=PATH` items.
+        tokens: of each domain, at most; None: all.
+        sequence_length: tokens of a sequence, at most.
+        seed: which part of a longer text is taken.
+
+    Raises:
+        DataError: a text that cannot be read, or too short.
+    """
+    from moekit.data import Dataset, load_tokenizer
+
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    return Dataset.build(
+        texts, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed, tokens_per_batch=8_192
+    )
+
+
+def measure(model: Model, data: Texts | Dataset, **settings: Any) -> Stats:
+    """Take statistics in one streamed pass; `settings` go to `moekit.measurement.measure`.
+
+    Args:
+        model: from `open`.
+        data: texts by domain, or a tokenised `Dataset`.
+
+    Raises:
+        UserError: see `moekit.measurement.measure`.
+    """
+    from moekit.measurement import measure as run
+
+    return run(model, _dataset(model, data), **settings)
+
+
+def plan(
+    method: str, stats: Stats, *, keep: float | int, domain: str | Sequence[str] | None = None, **settings: Any
+) -> Plan:
+    """Decide what to change; `settings` go to `moekit.methods.make_plan`.
+
+    Args:
+        method: a name of `moekit.methods.names()`.
+        stats: from `measure`.
+        keep: share (0.5) or number (64) of experts that a layer keeps.
+        domain: whose statistics count; None: all.
+
+    Raises:
+        UserError: see `moekit.methods.make_plan`.
+    """
+    from moekit.methods import make_plan
+
+    return make_plan(method, stats, stats.layout, keep=keep, domain=domain, **settings)
+
+
+def bake(model: Model, plan: Plan, out: str | Path, **settings: Any) -> Baked:
+    """Write the model that a plan makes; `settings` go to `moekit.apply.bake.bake`.
+
+    Args:
+        model: from `open`.
+        plan: from `plan`.
+        out: a new folder.
+
+    Raises:
+        UserError: see `moekit.apply.bake.bake`.
+    """
+    from moekit.apply.bake import bake as run
+
+    return run(model.checkpoint, model.understanding, plan, out, **settings)
+
+
+def evaluate(
+    model: Model | Baked | str | Path, *, data: Texts | Dataset, against: Model | None = None, **settings: Any
+) -> Evaluation:
+    """Perplexity by domain and, against a source model, KL divergence and top-1 agreement.
+
+    Args:
+        model: from `open` or `bake`, or a folder.
+        data: texts by domain, or a tokenised `Dataset`.
+        against: the source model.
+
+    Raises:
+        UserError: see `moekit.evaluation.evaluate`.
+    """
+    from moekit.evaluation import evaluate as run
+    from moekit.families.model import Model
+
+    opened = model if isinstance(model, Model) else Model.open(getattr(model, "path", model))
+    return run(opened, _dataset(opened, data), against=against, **settings)
+
+
+def _dataset(model: Model, texts: Texts | Dataset) -> Dataset:
+    from moekit.data import Dataset
+
+    return texts if isinstance(texts, Dataset) else load_data(model, texts)

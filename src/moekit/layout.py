@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,13 +30,15 @@ class Router:
 
     Attributes:
         score: function from logits to scores: "softmax", "sigmoid", "sparsemixer", "softplus-sqrt", ...
-        order: "score, top-k" or "top-k, score" (what the family's code does first).
+        order: "score, top-k" or "top-k, score" (what the family's code does first), or "table, score" (a fixed table says
+            which experts a token id gets; scores only weigh them).
         renormalised: the weights of the chosen experts sum to `scaling` (for softmax this makes both orders equal).
         scaling: constant factor on the weights.
         groups: number of expert groups that selection is limited by (1: no groups).
         groups_kept: groups that remain per token.
         correction_bias: a per-expert bias that changes the selection but not the weights.
         logit_bias: the router's linear map has a bias.
+        expert_scale: a learned factor of each expert multiplies its weights.
         weighs_input: the weight multiplies the expert's input (Llama 4) rather than its output.
     """
 
@@ -48,18 +50,27 @@ class Router:
     groups_kept: int = 1
     correction_bias: bool = False
     logit_bias: bool = False
+    expert_scale: bool = False
     weighs_input: bool = False
+
+    @property
+    def follows_logits(self) -> bool:
+        """Whether the chosen experts are always those of the k largest logits (nothing else decides)."""
+        return not (self.correction_bias or self.groups > 1 or self.order.startswith("table"))
 
     def describe(self) -> str:
         """One line for people, as `sigmoid + correction bias, 4 of 8 groups, top-k, renormalised, x 2.5`."""
         words = [self.score + (" + correction bias" if self.correction_bias else "")]
         if self.groups > 1:
             words.append(f"{self.groups_kept} of {self.groups} groups")
-        words = [*words, "top-k"] if self.order.startswith("score") else ["top-k", *words]
+        first = self.order.partition(",")[0]
+        words = [*words, "top-k"] if first == "score" else ["by token id" if first == "table" else first, *words]
         if self.renormalised:
             words.append("renormalised")
         if self.scaling != 1.0:
             words.append(f"x {self.scaling:g}")
+        if self.expert_scale:
+            words.append("x a learned scale per expert")
         if self.weighs_input:
             words.append("weights the expert's input")
         return ", ".join(words)
@@ -71,7 +82,8 @@ class ExpertTensor:
 
     Attributes:
         name: its name in the safetensors files.
-        role: "expert" (weights, biases, scales of experts) or "router" (rows, biases, correction biases).
+        role: "expert" (weights, biases, scales of experts), "router" (rows, biases, correction biases) or "table" (its
+            values are expert numbers; it has no expert axis).
         expert: the expert that it belongs to, for checkpoints with one tensor per expert; None when fused.
         axis: the axis that counts experts, for fused and router tensors; None for per-expert tensors.
     """
@@ -93,6 +105,7 @@ class MoELayer:
         router_path: module path of its router.
         router_width: rows of the router: E, or more where it also scores shared or null experts.
         correction_biases: model keys of biases that change the selection but not the weights.
+        tables: model keys of tables from token ids to experts.
         num_experts: E, routed experts.
         top_k: k, experts chosen per token.
         router: how they are chosen.
@@ -117,6 +130,7 @@ class MoELayer:
     tensors: tuple[ExpertTensor, ...] = field(repr=False)
     expert_bytes: int = 0
     mtp: bool = False
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,7 @@ class Layout:
         active_params: parameters that take part in one token.
         expert_count_keys: dotted config keys that state the number of experts (all are rewritten together).
         tied_embeddings: input embedding and output head are one tensor.
+        cannot_drop: why experts cannot be removed from this model; "" when they can.
     """
 
     family: str
@@ -163,6 +178,7 @@ class Layout:
     active_params: int
     expert_count_keys: tuple[str, ...]
     tied_embeddings: bool = False
+    cannot_drop: str = ""
 
     @cached_property
     def by_index(self) -> dict[int, MoELayer]:
@@ -196,3 +212,26 @@ class Layout:
         ]
         total = self.total
         return out | {"hash": self.hash, "total_bytes": total.bytes, "total_params": total.params}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Layout:
+        """A layout from what `to_dict` gave: equal in hash, without the tensor lists (enough to plan, not to bake)."""
+        names = {x.name for x in fields(cls)}
+        rows = [
+            MoELayer(
+                **{
+                    **row,
+                    "router": Router(**row["router"]),
+                    "correction_biases": tuple(row["correction_biases"]),
+                    "tensors": (),
+                }
+            )
+            for row in data["layers"]
+        ]
+        known = {key: value for key, value in data.items() if key in names}
+        known |= {
+            "layers": tuple(rows),
+            "parts": {key: Part(**value) for key, value in data["parts"].items()},
+            "expert_count_keys": tuple(data["expert_count_keys"]),
+        }
+        return cls(**known)

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moekit.errors import DataError, PlanError, did_you_mean
+from moekit.layout import Layout
 
 SCHEMA = 1
 POSITION_BUCKETS = 21  # bucket b > 0 holds positions 2^(b-1) .. 2^b - 1; bucket 0 is position 0
@@ -110,6 +111,18 @@ class Stats:
     sequences: np.ndarray
     layers: dict[int, LayerStats]
     manifest: dict = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The measured model's layout (without tensor lists).
+
+        Raises:
+            DataError: the manifest does not hold it.
+        """
+        for part in _parts(self.manifest):
+            if "layout" in part:
+                return Layout.from_dict(part["layout"])
+        raise DataError("the statistics do not say of which layout they are", fix="measure again with this version")
 
     def get(self, name: str, layer: int, domain: str | Iterable[str] | None = None) -> np.ndarray:
         """A named quantity of a layer, added up (or maximised) over the domains given; all of them for None.

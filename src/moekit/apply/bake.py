@@ -28,7 +28,7 @@ from moekit.checkpoint.writer import Copy, Make, OutTensor, write_checkpoint
 from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
 from moekit.layout import ExpertTensor, MoELayer
-from moekit.plan import Plan
+from moekit.plans import Plan
 from moekit.progress import Progress, silent
 
 MTP_COUNT = re.compile(r"(nextn_predict|mtp).*layers")

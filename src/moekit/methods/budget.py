@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moekit.layout import Layout, MoELayer
-from moekit.plan import keep_count
+from moekit.plans import keep_count
 
 
 def fewest(layer: MoELayer) -> int:

@@ -17,7 +17,7 @@ from moekit.methods import budget as budgets
 from moekit.methods._registry import Method, get, names
 from moekit.methods.common import Domain
 from moekit.methods.super_experts import super_experts
-from moekit.plan import Plan, drop_lowest
+from moekit.plans import Plan, drop_lowest
 from moekit.stats import Stats
 
 BUDGETS = ("uniform", "global")

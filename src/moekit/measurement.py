@@ -273,6 +273,7 @@ def _manifest(model: Model, data: Dataset, groups: Sequence[str], dtype: torch.d
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "layout": model.layout.to_dict(),
         "data": data.describe(),
         "groups": sorted(groups),
         "dtype": str(dtype).removeprefix("torch."),

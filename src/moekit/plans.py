@@ -90,6 +90,12 @@ class Plan(BaseModel):
                 got=f"{layout.hash} ({layout.family})",
                 fix="make the plan again for this model",
             )
+        if layout.cannot_drop and self.dropped():
+            raise PlanError(
+                f"experts cannot be removed from models of the family {layout.family!r}",
+                got=layout.cannot_drop,
+                fix="see docs/families.md for what moekit can do with it",
+            )
         for index, experts in self.dropped().items():
             layer = layout.by_index.get(index)
             if layer is None:

@@ -20,9 +20,9 @@ import torch
 
 from moekit.data import Batch, Dataset
 from moekit.errors import DataError
-from moekit.evaluate.intervals import Interval, ratio_interval
+from moekit.evaluation.intervals import Interval, ratio_interval
 from moekit.families.model import Model
-from moekit.plan import Plan
+from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.stream import Stream
 from moekit.view import MoEView
@@ -81,6 +81,13 @@ class Evaluation:
         path = Path(file)
         path.write_text(json.dumps(self.to_dict(), indent=1))
         return path
+
+    def __str__(self) -> str:
+        lines = [f"{'domain':<14}{'tokens':>9}{'perplexity':>12}{'x source':>10}{'KL':>9}{'same top token':>16}"]
+        for name, x in self.domains.items():
+            compared = f"{x.ratio.value:>10.3f}{x.kl.value:>9.4f}{x.agreement.value:>16.1%}" if x.kl else ""
+            lines.append(f"{name:<14}{x.tokens:>9,}{x.perplexity.value:>12.3f}{compared}")
+        return "\n".join(lines)
 
     def rows(self) -> list[dict[str, object]]:
         """One flat row a domain, for tables."""

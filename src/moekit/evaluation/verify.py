@@ -1,0 +1,112 @@
+"""Proof that a checkpoint does what its plan says: stock transformers on the files against the plan applied live."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from moekit.data import Batch, Dataset
+from moekit.evaluation.compare import Subject, logits_of
+from moekit.families.model import Model
+from moekit.plans import Plan
+from moekit.progress import Progress, silent
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest logit of a position
+AGREEING = 0.99  # share of positions within tolerance: near-ties in a router may fall either way by a rounding error
+SEQUENCES, LENGTH = 4, 128
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and found.
+
+    Attributes:
+        ok: at least `AGREEING` of the positions are within tolerance.
+        loaded_by: "stock transformers" or, where the model does not fit in memory, "stock layers, streamed".
+        dtype: that both ran in.
+        positions: compared.
+        within: share of positions within tolerance.
+        tolerance: largest allowed difference relative to the position's largest logit.
+        max_difference: largest absolute difference of two logits.
+        generated: what the new model says after the first tokens of the text, greedily; None when streamed.
+    """
+
+    ok: bool
+    loaded_by: str
+    dtype: str
+    positions: int
+    within: float
+    tolerance: float
+    max_difference: float
+    generated: str | None = None
+
+
+def verify(
+    source: Model, plan: Plan, result: Model, data: Dataset, tokenizer: object = None, progress: Progress = silent
+) -> Verification:
+    """Compare `result`, loaded from its files, with `source` under the live plan, on a few sequences of `data`.
+
+    Small models are compared in float32 and loaded by stock transformers; where the new model does not fit in half of
+    the free memory, its stock layers are streamed, in its own dtype.
+
+    Args:
+        source: the model that was changed.
+        plan: what was done to it.
+        result: the new checkpoint.
+        data: any text, tokenised.
+        tokenizer: to show a generated text; None for none.
+        progress: told as layers pass.
+    """
+    params = sum(part.params for name, part in result.layout.parts.items() if name != "mtp")
+    fits = 4 * params < psutil.virtual_memory().available / 2 and result.layout.quantisation is None
+    dtype = torch.float32 if fits else result.dtype
+    batches = _sample(data)
+    live = logits_of(Subject(source, plan), batches, dtype, progress=progress)
+    generated = None
+    with contextlib.closing(live), contextlib.ExitStack() as stack:
+        if fits:
+            model = result.load(dtype)
+            baked = (model(input_ids=x.ids, use_cache=False).logits for x in batches)
+            stack.enter_context(torch.inference_mode())
+        else:
+            baked = stack.enter_context(
+                contextlib.closing(logits_of(Subject(result), batches, dtype, progress=progress))
+            )
+        relative, largest = [], 0.0
+        for batch, ours, theirs in zip(batches, baked, live, strict=True):
+            ours, theirs = ours[batch.mask].float(), theirs[batch.mask].float()
+            difference = (ours - theirs).abs().amax(-1)
+            relative.append(difference / theirs.abs().amax(-1).clamp_min(1e-6))
+            largest = max(largest, float(difference.max()))
+        if fits and tokenizer is not None:
+            generated = _generate(model, batches[0].ids[:1, :16], tokenizer)
+    every = torch.cat(relative)
+    within = float((every <= TOLERANCE[dtype]).float().mean())
+    return Verification(
+        ok=within >= AGREEING,
+        loaded_by="stock transformers" if fits else "stock layers, streamed",
+        dtype=str(dtype).removeprefix("torch."),
+        positions=len(every),
+        within=within,
+        tolerance=TOLERANCE[dtype],
+        max_difference=largest,
+        generated=generated,
+    )
+
+
+def _sample(data: Dataset) -> list[Batch]:
+    """One short row from each of the first batches of every domain."""
+    rows, seen = [], dict.fromkeys(range(len(data.domains)), 0)
+    for batch in data.batches:
+        if seen[batch.domain] < max(1, SEQUENCES // len(data.domains)):
+            seen[batch.domain] += 1
+            rows.append(Batch(batch.domain, batch.ids[:1, :LENGTH], batch.mask[:1, :LENGTH]))
+    return rows
+
+
+def _generate(model: torch.nn.Module, prompt: torch.Tensor, tokenizer: object) -> str:
+    out = model.generate(prompt, max_new_tokens=24, do_sample=False)
+    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,107 @@
+"""The report that every baked model carries: report.json with every number, report.md for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moekit.recipe import format_bytes
+
+
+def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
+    """Write report.json, report.md and recipe.yaml into `folder`.
+
+    Args:
+        folder: of the new model.
+        report: plain data, as `moekit.pipeline.report_of` gives it.
+    """
+    path = Path(folder)
+    (path / "report.json").write_text(json.dumps(report, indent=1))
+    (path / "report.md").write_text("\n".join(markdown(report)) + "\n")
+    (path / "recipe.yaml").write_text(str(report["recipe"]))
+
+
+def markdown(report: Mapping[str, Any]) -> Iterator[str]:
+    """The report's lines."""
+    model, size = report["model"], report["bytes"]
+    kept = {layer: len(experts) for layer, experts in report["kept"].items()}
+    yield f"# {model['name']} with {_span(kept.values())} of {model['experts']} experts a layer"
+    yield ""
+    yield f"Made by moekit {report['versions']['moekit']} with `{report['method']}` ({_settings(report['settings'])})."
+    if size:
+        share = size["after"] / size["before"]
+        yield f"{format_bytes(size['before'])} before, {format_bytes(size['after'])} after ({share:.0%})."
+    if report["evaluation"]:
+        yield from _evaluation(report["evaluation"])
+    if proof := report["verification"]:
+        yield from _verification(proof)
+    yield from ("", "## What to know", "")
+    yield from (f"- {note}" for note in report["notes"])
+    yield from ("", "## Kept experts", "", "| layer | kept | gate mass removed | experts |", "|---|---|---|---|")
+    for layer, experts in report["kept"].items():
+        removed = report["removed_gate_mass"].get(int(layer), report["removed_gate_mass"].get(layer, 0.0))
+        yield f"| {layer} | {len(experts)} | {removed:.1%} | {_ranges(experts)} |"
+    yield from ("", "## Made from", "")
+    yield f"- model `{model['name']}` ({model['family']}), fingerprint `{model['fingerprint']}`"
+    for name, domain in report["calibration"]["domains"].items():
+        yield f"- calibration `{name}`: {domain['tokens']:,} tokens, hash `{domain['hash']}`"
+    yield "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    yield "- seconds: " + ", ".join(f"{name} {value:g}" for name, value in report["seconds"].items())
+    yield from ("", "```yaml", str(report["recipe"]).rstrip(), "```")
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    yield from (
+        "",
+        "## How good it is",
+        "",
+        "95% intervals over sequences; KL in nats a token, from the source model.",
+        "",
+    )
+    yield "| domain | tokens | perplexity before | after | ratio | KL | same top token |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, score in evaluation["domains"].items():
+        columns = ("source_perplexity", "perplexity", "ratio", "kl", "agreement")
+        yield f"| {name} | {score['tokens']:,} | {' | '.join(_interval(score[x]) for x in columns)} |"
+
+
+def _verification(proof: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Proof", "")
+    yield (
+        f"The files, run by {proof['loaded_by']}, against the source with the plan applied live ({proof['dtype']}, "
+        f"{proof['positions']} positions): largest logit difference {proof['max_difference']:.2g}; "
+        f"{proof['within']:.1%} of positions within {proof['tolerance']:g} of their largest logit."
+    )
+    if proof["generated"]:
+        yield from ("", "It continues the first evaluation text with:", "", "```", proof["generated"], "```")
+
+
+def _interval(values: list[float]) -> str:
+    value, low, high = values
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_word(value)}" for key, value in settings.items())
+
+
+def _word(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _span(counts: Any) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 7, 9-12`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
