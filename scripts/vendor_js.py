@@ -24,9 +24,7 @@ def main() -> None:
         work = Path(folder) / "vendor"
         shutil.copytree(SOURCE, work)
         subprocess.run(["npm", "ci"], cwd=work, check=True)
-        options = (
-            "--bundle --minify --format=iife --global-name=d3 --target=es2020 --charset=ascii --legal-comments=none"
-        )
+        options = "--bundle --minify --format=iife --global-name=d3 --target=es2020 --legal-comments=none"
         command = ["npx", "esbuild", "entry.js", *options.split(), "--outfile=out.js", "--metafile=meta.json"]
         subprocess.run(command, cwd=work, check=True)
         output = json.loads((work / "meta.json").read_text())["outputs"]["out.js"]["inputs"]
