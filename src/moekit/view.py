@@ -1,4 +1,4 @@
-"""MoEView: a live stock transformers model seen as layers, routers and experts; everything it does is undone on leaving.
+"""MoEView: a live stock transformers model seen as layers, routers and experts; all that it does is undone on leaving.
 
 view = MoEView(model, layout)
 with view.watch(observer):      # see routing and, if wanted, every expert's output
@@ -9,16 +9,19 @@ with view.ban({3: [0, 7]}):     # the router never chooses these; the family's c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
 from moekit.families.family import family_of
-from moekit.families.seam import ExpertRows, RouterTap
+from moekit.families.seam import ExpertRows, RouterTap, reroute
 from moekit.layout import Layout, MoELayer
 
 
@@ -29,7 +32,7 @@ class Call:
     Attributes:
         layer: decoder layer index.
         hidden: the experts' input [T, D].
-        ids: chosen experts [T, K].
+        ids: chosen experts [T, K]; E where a token skips its experts (Zaya).
         weights: what the model weighs them with [T, K].
         logits: the router's raw logits [T, E] (as edited by bans).
         residual: the residual stream before the block [T, D]; None unless asked for.
@@ -69,7 +72,7 @@ class _State:
     """What is collected while one layer's forward runs."""
 
     logits: torch.Tensor | None = None
-    norm_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    norm_inputs: dict[int, tuple[StorageWeakRef, torch.Tensor]] = field(default_factory=dict)
 
 
 class MoEView:
@@ -151,10 +154,13 @@ class MoEView:
             raise PlanError(
                 f"layer {index} has no such expert", expected=f"0 to {layer.num_experts - 1}", got=sorted(experts)
             )
-        if layer.num_experts - len(set(experts)) < layer.top_k:
+        size = layer.num_experts // layer.router.groups
+        left = Counter(e // size for e in range(layer.num_experts) if e not in experts)
+        usable = sorted(left[group] for group in range(layer.router.groups))[: layer.router.groups_kept]
+        if sum(usable) < layer.top_k:
+            where = f" in any {layer.router.groups_kept} of its groups" if layer.router.groups > 1 else ""
             raise PlanError(
-                f"layer {index} needs {layer.top_k} experts for every token",
-                got=f"{layer.num_experts - len(set(experts))} left",
+                f"layer {index} needs {layer.top_k} experts{where} for every token", got=f"{sum(usable)} left"
             )
         return layer
 
@@ -170,12 +176,15 @@ class MoEView:
         def forward(*args, **kwargs):
             masks = self._bans.get(layer.index)
             mask = torch.stack(masks).any(0) if masks else None
-            tap = RouterTap(layer.router_width, None if mask is None else lambda logits: _banned(logits, mask))
+            tap = RouterTap(layer.router_width, None if mask is None else partial(_banned, mask=mask))
             with ExitStack() as stack:
-                for key in layer.correction_biases if mask is not None else ():
-                    old, new = stack.enter_context(self._biased(key, mask[: layer.num_experts]))
-                    args = tuple(new if x is old else x for x in args)
-                    kwargs = {name: new if x is old else x for name, x in kwargs.items()}
+                if mask is not None:
+                    for key in layer.correction_biases:
+                        old, new = stack.enter_context(self._biased(key, mask[: layer.num_experts]))
+                        args = tuple(new if x is old else x for x in args)
+                        kwargs = {name: new if x is old else x for name, x in kwargs.items()}
+                    for key in layer.tables:
+                        stack.enter_context(self._rerouted(key, mask[: layer.num_experts]))
                 with tap:
                     out = stock(*args, **kwargs)
             if tap.logits is None:
@@ -194,16 +203,33 @@ class MoEView:
 
     @contextmanager
     def _biased(self, key: str, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give the masked experts a correction bias of (nearly) minus infinity: with +2 they would be chosen against any logit."""
+        """Give the masked experts a correction bias of (nearly) minus infinity: +2 would beat any logit's score."""
+        old = self._tensor(key)
+        new = old.detach().clone()
+        new.view(-1)[: len(mask)].masked_fill_(mask.to(new.device), torch.finfo(new.dtype).min)
+        with self._swapped(key, new):
+            yield old, self._tensor(key)
+
+    @contextmanager
+    def _rerouted(self, key: str, mask: torch.Tensor) -> Iterator[None]:
+        """Give the tokens of masked experts to others in a table from token ids to experts."""
+        with self._swapped(key, reroute(self._tensor(key), mask)):
+            yield
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        path, _, name = key.rpartition(".")
+        return getattr(self.model.get_submodule(path), name)
+
+    @contextmanager
+    def _swapped(self, key: str, new: torch.Tensor) -> Iterator[None]:
+        """Put another tensor in the place of a parameter or buffer."""
         path, _, name = key.rpartition(".")
         module = self.model.get_submodule(path)
         store = module._parameters if name in module._parameters else module._buffers
         old = store[name]
-        new = old.detach().clone()
-        new.view(-1)[: len(mask)].masked_fill_(mask.to(new.device), torch.finfo(new.dtype).min)
         store[name] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
         try:
-            yield old, store[name]
+            yield
         finally:
             store[name] = old
 
@@ -220,7 +246,7 @@ class MoEView:
                 and isinstance(args[0], torch.Tensor)
                 and out.shape == args[0].shape
             ):
-                state.norm_inputs[out.data_ptr()] = args[0]
+                state.norm_inputs[out.data_ptr()] = StorageWeakRef(out.untyped_storage()), args[0]
 
         norms = [x for x in root.modules() if "norm" in type(x).__name__.lower()]
         handles = [x.register_forward_hook(note) for x in norms]
@@ -239,8 +265,10 @@ class MoEView:
         state = self._states[layer.index]
         call = Call(layer, hidden, ids, weights, state.logits)
         if residual:
-            # Post-norm families give the block the residual stream itself: then no norm made this tensor.
-            source = state.norm_inputs.get(hidden.data_ptr(), hidden)
+            # Post-norm families give the block the residual stream itself: then no norm made this tensor, though it
+            # may lie where a norm's output, freed since, has lain.
+            made_by, source = state.norm_inputs.get(hidden.data_ptr(), (None, hidden))
+            source = hidden if made_by is None or made_by.expired() else source
             call.residual = source.reshape(-1, source.shape[-1])
         return call
 

@@ -1,7 +1,7 @@
 """Lazy reading of safetensors checkpoints: headers first, then any tensor, any run of rows, straight from the file.
 
-Files are read with `preadv` into memory that we own. Memory-mapping (what the safetensors library does) would count every
-touched page as resident and reads cold files at a fraction of the disk's speed; a bounded-memory tool can afford
+Files are read with `preadv` into memory that we own. Memory-mapping (what the safetensors library does) would count
+every touched page as resident and reads cold files at a fraction of the disk's speed; a bounded-memory tool can afford
 neither. Only headers are parsed here; the format is safetensors': 8 bytes of header length (little-endian), a JSON
 header, then the data, tensors packed in C order.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -55,6 +55,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
+        """Size of its data."""
         return self.end - self.start
 
     @property
@@ -63,7 +64,9 @@ class TensorInfo:
         return self.bytes // self.shape[0] if self.shape and self.shape[0] else self.bytes
 
 
-def parse_header(file: Path, raw_length: bytes, read_header, data_bytes: int | None) -> dict[str, TensorInfo]:
+def parse_header(
+    file: Path, raw_length: bytes, read_header: Callable[[int], bytes], data_bytes: int | None
+) -> dict[str, TensorInfo]:
     """Check and parse one safetensors header.
 
     Args:
@@ -208,9 +211,7 @@ class Checkpoint:
                 where=self.path,
                 fix="download the checkpoint first, or give its local folder",
             )
-        view = memoryview(
-            out.view(torch.uint8).reshape(-1).numpy() if out.dim() else out.reshape(1).view(torch.uint8).numpy()
-        )
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy().data)
         position, fd = info.start + offset, self._fd(info.file)
         while view:
             try:
@@ -252,7 +253,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name config, headers and weights (sampled: 64 blocks of 4 KiB a file, so that it is quick)."""
+        """16 hex digits that name config, headers and weights (sampled for speed: 64 blocks of 4 KiB a file)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape} {info.start}".encode())

@@ -6,8 +6,7 @@ import copy
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,13 +16,15 @@ from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
+from moekit.families.parts import active_params, count_parts, mtp_layers
 from moekit.families.probe import Probed, probe_router
 from moekit.families.stock import ExpertsAt, build, find_experts, load_config, quantisation
-from moekit.layout import ExpertTensor, Layout, MoELayer, Part
+from moekit.layout import ExpertTensor, Layout, MoELayer
 
 EXPERT_COUNT = re.compile(
     r"expert(?!.*(per_tok|top_?k|shared|size|dim|layer|freq|interval|step|group|capacity|null|hash|scale|width))"
 )
+TOWERS = re.compile(r"vision|visual|audio|talker")
 SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 GROUP_KEYS = (
     ("n_group", "topk_group"),
@@ -35,7 +36,7 @@ GROUP_KEYS = (
 
 @dataclass
 class Understanding:
-    """A layout together with what it was read from: the stock config, the weightless model, and where each tensor goes."""
+    """A layout and what it was read from: the stock config, the weightless model, and where each tensor goes."""
 
     config: PretrainedConfig
     model: PreTrainedModel
@@ -66,12 +67,7 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     model = build(config, trust_remote_code=trust_remote_code)
     experts = find_experts(model, family.is_experts)
     if not experts:
-        raise ModelError(
-            "this is a dense model: it has no experts",
-            where=checkpoint.path,
-            got=f"model_type {config.model_type!r}",
-            fix="moekit works on Mixture-of-Experts models",
-        )
+        raise _no_experts(checkpoint, config)
     if len({x.layers_path for x in experts}) > 1:
         raise ModelError(
             "experts lie in several stacks of layers, which is not supported",
@@ -83,10 +79,10 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     keys = expert_count_keys(config, {_num_experts(model, at) for at in experts})
     axes = grown_axes(names.shapes, _grown_shapes(config, keys, trust_remote_code))
     layers = _layers(checkpoint, config, model, family, experts, placed, axes)
-    layers += _mtp_layers(checkpoint, layers, unused)
-    parts = _parts(checkpoint, placed, unused, layers, experts[0].layers_path)
-    text = config.get_text_config()
     stack = model.get_submodule(experts[0].layers_path)
+    layers += mtp_layers(checkpoint, layers, unused, len(stack))
+    parts = count_parts(checkpoint, placed, unused, layers, experts[0].layers_path, len(stack))
+    text = config.get_text_config()
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.bytes
@@ -101,12 +97,35 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         quantisation=method,
         layers=tuple(layers),
         parts=parts,
-        active_params=_active(parts, layers),
+        active_params=active_params(parts, layers),
         expert_count_keys=keys,
         tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        cannot_drop=family.cannot_drop,
     )
     _check_complete(checkpoint, model, placed)
     return Understanding(config, model, family, experts, placed, unused, layout)
+
+
+def _no_experts(checkpoint: Checkpoint, config: PretrainedConfig) -> ModelError:
+    claims = [
+        key
+        for key, value in _walk(config.to_dict())
+        if EXPERT_COUNT.search(key.rpartition(".")[2]) and type(value) is int and value > 1
+    ]
+    if claims:
+        return ModelError(
+            f"the experts of the family {config.model_type!r} are not supported",
+            where=checkpoint.path,
+            expected="experts that follow the contract of transformers 5",
+            got=f"{claims[0]} in the config, but no such module",
+            fix="docs/families.md lists the families that work",
+        )
+    return ModelError(
+        "this is a dense model: it has no experts",
+        where=checkpoint.path,
+        got=f"model_type {config.model_type!r}",
+        fix="moekit works on Mixture-of-Experts models",
+    )
 
 
 def _num_experts(model: nn.Module, at: ExpertsAt) -> int:
@@ -127,7 +146,8 @@ def expert_count_keys(config: PretrainedConfig, counts: set[int]) -> tuple[str, 
     for dotted, value in _walk(config.to_dict()):
         name = dotted.rsplit(".", 1)[-1]
         numbers = value if isinstance(value, list) else [value]
-        if EXPERT_COUNT.search(name) and all(type(x) is int for x in numbers) and counts <= set(numbers):
+        stated = EXPERT_COUNT.search(name) and not TOWERS.search(dotted)
+        if stated and all(type(x) is int for x in numbers) and counts <= set(numbers):
             keys.append(dotted)
     if not keys:
         raise ModelError(
@@ -177,7 +197,7 @@ def _grown_shapes(
 
 
 def router_path(experts_path: str, keys: list[str]) -> str:
-    """The module that routes for `experts_path`: the branch beside the experts that holds parameters with an expert axis."""
+    """The module that routes for `experts_path`: the branch beside it that holds parameters with an expert axis."""
     experts = experts_path.split(".")
     best: tuple[int, str] = (0, "")
     for key in keys:
@@ -190,15 +210,15 @@ def router_path(experts_path: str, keys: list[str]) -> str:
 
 def _groups(config: PretrainedConfig) -> tuple[int, int]:
     text = config.get_text_config()
-    for total, kept in GROUP_KEYS:
-        values = getattr(text, total, None), getattr(text, kept, None)
-        if all(isinstance(x, int) and x > 0 for x in values) and values[0] > values[1]:
-            return values
+    for keys in GROUP_KEYS:
+        total, kept = (getattr(text, key, None) or 0 for key in keys)
+        if total > kept > 0:
+            return total, kept
     return 1, 1
 
 
-def _shared(config: PretrainedConfig, block: nn.Module) -> int:
-    if not any("shared" in name for name, _ in block.named_parameters()):
+def _shared(config: PretrainedConfig, layer: nn.Module) -> int:
+    if not any("shared" in name for name, _ in layer.named_parameters()):
         return 0
     text = config.get_text_config()
     counts = [getattr(text, key, None) for key in SHARED_COUNT]
@@ -221,22 +241,24 @@ def _layers(
         if placement.key in axes and placement.key.startswith(experts[0].layers_path + ".") and parts[depth].isdigit():
             in_layer[int(parts[depth])].append(placement)
     probed: dict[tuple, Probed] = {}
+    sizes = {key: tensor.shape[axes[key]] for key, tensor in model.state_dict().items() if key in axes}
     layers = []
     for at in experts:
         module = model.get_submodule(at.path)
         count = module.down_proj.shape[0]
-        prefix = f"{at.layers_path}.{at.layer}."
-        keys = [key for key in axes if key.startswith(prefix) and not key.startswith(at.path + ".")]
+        block = at.path.rpartition(".")[0] + "."
+        keys = [key for key in axes if key.startswith(block) and not key.startswith(at.path + ".")]
         where = router_path(at.path, keys)
-        described = family.describe_router(config, at.layer)
-        if described is None:
-            described = _probe(probed, family, model, config, where, count, axes)
-        tensors = []
+        described = _probe(probed, family, model, config, where, count, axes)
+        tables = tuple(f"{where}.{x}" for x in described.tables)
+        mine = [x for x in in_layer[at.layer] if x.key.startswith(block) and (x.expert is None or x.expert < count)]
+        _check_experts(checkpoint, mine, count)
+        tensors = [ExpertTensor(x.name, "table") for x in placed.values() if x.key in tables]
         expert_bytes = 0
-        for placement in sorted(in_layer[at.layer], key=lambda x: (x.key, x.expert or 0, x.name)):
+        for placement in sorted(mine, key=lambda x: (x.key, x.expert or 0, x.name)):
             info = checkpoint.tensors[placement.name]
             is_expert = placement.key.startswith(at.path + ".")
-            axis = disk_axis(placement, info.shape, axes[placement.key], count)
+            axis = disk_axis(placement, info.shape, axes[placement.key], sizes[placement.key])
             if axis is None and placement.expert is None:
                 raise ModelError(
                     "cannot tell which axis of this tensor counts the experts",
@@ -251,11 +273,11 @@ def _layers(
                 where=f"{checkpoint.path}: {at.path}",
                 fix="the checkpoint is incomplete",
             )
-        block = model.get_submodule(at.path.rpartition(".")[0])
+        path = f"{at.layers_path}.{at.layer}"
         layers.append(
             MoELayer(
                 index=at.layer,
-                path=f"{at.layers_path}.{at.layer}",
+                path=path,
                 experts_path=at.path,
                 router_path=where,
                 router_width=described.width,
@@ -264,22 +286,39 @@ def _layers(
                 top_k=described.top_k,
                 router=described.router,
                 inner_size=_inner_size(module),
-                shared_experts=_shared(config, block),
+                shared_experts=_shared(config, model.get_submodule(path)),
                 tensors=tuple(tensors),
                 expert_bytes=expert_bytes // count,
+                tables=tables,
             )
         )
     return layers
 
 
+def _check_experts(checkpoint: Checkpoint, placements: list[Placement], count: int) -> None:
+    """CheckpointError when a tensor of one expert is there and that of another is not."""
+    found = defaultdict(set)
+    for placement in placements:
+        if placement.expert is not None:
+            found[placement.key, placement.pattern, placement.suffix].add(placement.expert)
+    for (key, pattern, suffix), experts in found.items():
+        if absent := sorted(set(range(count)) - experts):
+            raise CheckpointError(
+                f"{len(absent)} of {count} experts of a layer are not on disk",
+                where=f"{checkpoint.path}: {key}",
+                expected=f"{pattern}{suffix} for experts 0 to {count - 1}",
+                got=f"none for expert {absent[0]}",
+                fix="the checkpoint is incomplete; download it again",
+            )
+
+
 def _inner_size(experts: nn.Module) -> int:
-    other = {tuple(experts.down_proj.shape[1:])}
-    sizes = [size for shape in other for size in shape]
+    sizes = experts.down_proj.shape[1:]
     declared = [
         getattr(experts, name, None)
         for name in ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")
     ]
-    return next((x for x in declared if x in sizes), min(sizes))
+    return next((x for x in declared if x is not None and x in sizes), min(sizes))
 
 
 def _probe(
@@ -303,9 +342,9 @@ def _probe(
     if signature not in probed:
         local = {key.removeprefix(where + "."): axis for key, axis in axes.items() if key.startswith(where + ".")}
         try:
-            probed[signature] = probe_router(
-                family, module, block, count, config.get_text_config().hidden_size, _groups(config), local
-            )
+            hidden_size = config.get_text_config().hidden_size
+            found = probe_router(family, module, block, count, hidden_size, _groups(config), local)
+            probed[signature] = family.refine(found)
         except (TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
             raise ModelError(
                 "this family's router is not understood",
@@ -316,104 +355,10 @@ def _probe(
     return probed[signature]
 
 
-def _mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]) -> list[MoELayer]:
-    """Multi-token-prediction layers: on disk, shaped like the MoE layers, unknown to the stock model."""
-    template = layers[-1]
-    anchor = template.tensors[0].name
-    for at in re.finditer(rf"\.{template.index}\.", anchor):
-        tails = {x.name[at.end() :]: x for x in template.tensors if x.name.startswith(anchor[: at.end()])}
-        if len(tails) == len(template.tensors):
-            break
-    else:
-        return []
-    found: dict[str, list[ExpertTensor]] = defaultdict(list)
-    for name in unused:
-        for match in re.finditer(r"\.\d+\.", name):
-            if name[match.end() :] in tails:
-                found[name[: match.end()]].append(replace(tails[name[match.end() :]], name=name))
-                break
-    out = []
-    for offset, prefix in enumerate(sorted(found)):
-        tensors = tuple(found[prefix])
-        if any(x.role == "expert" for x in tensors):
-            size = sum(checkpoint.tensors[x.name].bytes for x in tensors if x.role == "expert") // template.num_experts
-            out.append(
-                replace(
-                    template,
-                    index=layers[-1].index + 1 + offset,
-                    path=prefix.rstrip("."),
-                    tensors=tensors,
-                    expert_bytes=size,
-                    mtp=True,
-                )
-            )
-    return out
-
-
-def _params(checkpoint: Checkpoint, name: str) -> int:
-    info = checkpoint.tensors[name]
-    if name.endswith("_blocks"):
-        return 2 * info.bytes  # two 4-bit values a byte
-    return 0 if name.endswith(("_scales", "_scale_inv")) else prod(info.shape)
-
-
-def _parts(
-    checkpoint: Checkpoint, placed: dict[str, Placement], unused: list[str], layers: list[MoELayer], layers_path: str
-) -> dict[str, Part]:
-    roles = {
-        x.name: "experts" if x.role == "expert" else "routers"
-        for layer in layers
-        if not layer.mtp
-        for x in layer.tensors
-    }
-    parts = dict.fromkeys(
-        ("experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp"), Part()
-    )
-    unused_names = set(unused)
-    for name, info in checkpoint.tensors.items():
-        if name in unused_names:
-            part = "mtp"
-        elif name in roles:
-            part = roles[name]
-        else:
-            part = _part_of(placed[name].key, layers_path)
-        parts[part] += Part(info.bytes, _params(checkpoint, name))
-    return parts
-
-
-def _part_of(key: str, layers_path: str) -> str:
-    if not key.startswith(layers_path + "."):
-        return "embeddings" if re.search(r"embed|lm_head|wte", key) else "other"
-    local = key.removeprefix(layers_path + ".")
-    if "norm" in local.rsplit(".", 2)[-2]:
-        return "other"
-    if "shared" in local:
-        return "shared experts"
-    if re.search(r"attn|attention|mamba|mixer|conv|kda|gdn|delta", local):
-        return "attention"
-    return "dense MLP" if re.search(r"mlp|feed_forward|ffn", local) else "other"
-
-
-def _active(parts: dict[str, Part], layers: list[MoELayer]) -> int:
-    routed = [layer for layer in layers if not layer.mtp]
-    share = sum(layer.top_k for layer in routed) / sum(layer.num_experts for layer in routed)
-    rest = sum(part.params for name, part in parts.items() if name not in ("experts", "mtp"))
-    return rest + round(parts["experts"].params * share)
-
-
 def _check_complete(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[str, Placement]) -> None:
     """CheckpointError when the stock model has parameters that no tensor on disk fills (tied ones are free)."""
-    filled = {x.key for x in placed.values()}
-    tied = getattr(model, "all_tied_weights_keys", {})
-    split = {x.key.rpartition(".")[0] for x in placed.values() if x.converter is not None}
-    names = {name for name, _ in model.named_parameters()}
-    absent = sorted(
-        key
-        for key in names
-        if key not in filled
-        and key not in tied
-        and key.rpartition(".")[0].rpartition(".")[0] not in {s.rpartition(".")[0] for s in split}
-    )
+    filled = {key for x in placed.values() for key in x.keys} | set(getattr(model, "all_tied_weights_keys", {}))
+    absent = sorted(name for name, _ in model.named_parameters() if name not in filled)
     if absent:
         raise CheckpointError(
             f"{len(absent)} parameters of the model are not on disk",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from moekit.families.seam import IMPLEMENTATION
 from moekit.families.stock import is_experts
@@ -28,30 +27,40 @@ class Family:
 
     Attributes:
         unsupported: why the family cannot be used at all ("" when it can).
+        cannot_drop: why its experts cannot be removed, though all else works ("" when they can).
     """
 
     unsupported = ""
+    cannot_drop = ""
 
     def is_experts(self, module: nn.Module) -> bool:
         """Whether `module` holds stacked routed experts."""
         return is_experts(module)
 
-    def routing(self, outputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.
 
         Raises:
             TypeError: the outputs do not hold exactly one of each.
         """
-        tensors = [x for x in outputs if isinstance(x, torch.Tensor)] if isinstance(outputs, tuple | list) else []
+        tensors = [x for x in outputs if isinstance(x, torch.Tensor)]
         ids = [x for x in tensors if not x.is_floating_point() and x.dim() == 2]
         weights = [x for x in tensors if x.is_floating_point() and ids and x.shape == ids[0].shape]
         if len(ids) != 1 or not weights:
             raise TypeError(f"router returned {[tuple(x.shape) for x in tensors]}")
         return weights[-1], ids[0]
 
-    def describe_router(self, config: PretrainedConfig, layer: int) -> Probed | None:
-        """What probing the router's behaviour would tell, for routers that cannot be probed; None to probe."""
-        return None
+    def refine(self, probed: Probed) -> Probed:
+        """Correct what probing a router cannot tell."""
+        return probed
+
+    def as_loaded(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The value that stock loading gives parameter or buffer `key` when the file holds `tensor`."""
+        return tensor
+
+    def chosen(self, layer: MoELayer, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The experts that really run: `ids_TK`, with E where the slot stays empty."""
+        return ids_TK
 
     @contextmanager
     def watch_experts(self, view: MoEView, layer: MoELayer, observer: Observer) -> Iterator[None]:
@@ -59,13 +68,16 @@ class Family:
         experts = view.experts(layer.index)
         calls: list[Call] = []
 
-        def before(_module: nn.Module, args: tuple) -> None:
+        def before(_module: nn.Module, args: tuple) -> tuple | None:
             hidden, ids, weights = args[:3]
-            call = view.call(layer, hidden, ids, weights, observer.wants_residual)
+            chosen = self.chosen(layer, ids, weights)
+            call = view.call(layer, hidden, chosen, weights, observer.wants_residual)
             calls.append(call)
-            if observer.wants_outputs:
-                experts._moekit_watch = lambda rows: observer.expert(call, rows)
             observer.routed(call)
+            if not observer.wants_outputs:
+                return None
+            experts._moekit_watch = lambda rows: observer.expert(call, rows)
+            return (hidden, chosen, weights, *args[3:])
 
         def after(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
             observer.finished(calls.pop(), output)
@@ -83,12 +95,19 @@ class Family:
                 handle.remove()
 
 
-_EXCEPTIONS: dict[str, str] = {}
+_EXCEPTIONS: dict[str, str] = {
+    "diffusion_gemma_text": "diffusion_gemma:DiffusionGemma",
+    "ernie4_5_vl_moe_text": "ernie4_5_vl:Ernie45VL",
+    "inkling_text": "inkling:Inkling",
+    "llama4_text": "llama4:Llama4",
+    "phimoe": "phimoe:PhiMoE",
+    "zaya": "zaya:Zaya",
+}
 
 
-def family_of(model_type: str) -> Family:
-    """The family that answers for `model_type`."""
-    entry = _EXCEPTIONS.get(model_type)
+def family_of(text_model_type: str) -> Family:
+    """The family that answers for the language model type `text_model_type`."""
+    entry = _EXCEPTIONS.get(text_model_type)
     if entry is None:
         return Family()
     module, name = entry.split(":")

@@ -1,7 +1,7 @@
 """One decoder layer at a time: from tensors on disk to the stock model's parameters, and back to nothing.
 
-Experts that a family's converter merely stacks (nearly all) are read from the file straight into their slice of the fused
-parameter: no copy, no second buffer. Everything else goes through transformers' own converters.
+Experts that a family's converter merely stacks (nearly all) are read from the file straight into their slice of the
+fused parameter: no copy, no second buffer. Everything else goes through transformers' own converters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from moekit.checkpoint.reader import Checkpoint
+from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.detect import Understanding, dtype_of
@@ -59,6 +59,7 @@ class Loader:
                 experts.config._experts_implementation = IMPLEMENTATION
         self.layers_path = understanding.experts[0].layers_path
         self.layers = self.model.get_submodule(self.layers_path)
+        self._family = understanding.family
         self._block = _fp8_block(checkpoint.config)
         self._plan = [
             (re.compile(pattern.replace("*", ".*")), dtype)
@@ -104,13 +105,14 @@ class Loader:
         if plain and target is not None:
             return {key: self._stack(key, group, target)}
         tensors = {placement: tensor for placement, tensor in self._plain_tensors(group)}
-        if group[0].converter is not None:
+        converter = group[0].converter
+        if converter is not None:
             if all(x.expert is not None and x.stacks for x in tensors) and target is not None:
                 return {key: self._stack(key, list(tensors), target, {x.name: tensor for x, tensor in tensors.items()})}
-            made = convert(list(tensors), {x.name: tensor for x, tensor in tensors.items()}, self.model)
+            made = convert(converter, list(tensors), {x.name: tensor for x, tensor in tensors.items()}, self.model)
         else:
             made = {key: next(iter(tensors.values()))}
-        return {name: self._fit(name, tensor) for name, tensor in made.items()}
+        return {name: self._family.as_loaded(name, self._fit(name, tensor)) for name, tensor in made.items()}
 
     def _plain_tensors(self, group: list[Placement]) -> Iterable[tuple[Placement, torch.Tensor]]:
         """The group's tensors, each quantised weight joined with its scales."""
@@ -135,7 +137,7 @@ class Loader:
     ) -> torch.Tensor:
         dtype = self._dtype(key, target)
         out = self._take(target.shape, dtype)
-        sources = group[0].converter.source_patterns
+        sources = group[0].sources
         widths = {x.pattern: self.checkpoint.info(x.name).shape[0] for x in group}
         if len(group) != target.shape[0] * len(sources) or (
             len(sources) > 1 and sum(widths.values()) != target.shape[1]
@@ -167,8 +169,6 @@ class Loader:
 
     def checkpoint_dtype(self, name: str) -> torch.dtype:
         """The torch dtype of a tensor on disk."""
-        from moekit.checkpoint.reader import DTYPES
-
         return DTYPES[self.checkpoint.info(name).dtype]
 
     def _fit(self, key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """From the names on disk to the stock model's parameters, through transformers' own conversion mapping.
 
 Two facts make one implementation cover every family. (1) transformers declares how each checkpoint name becomes a
-parameter name (`WeightRenaming`) or a part of a fused parameter (`WeightConverter`). (2) Which parameters have an expert
-axis, and which axis it is, is found by building the weightless model twice, once with twice the experts: the axis that
-grew is the expert axis. No list of tensor names is kept anywhere.
+parameter name (`WeightRenaming`) or a part of a fused parameter (`WeightConverter`). (2) Which parameters have an
+expert axis, and which axis it is, is found by building the weightless model twice, once with twice the experts: the
+axis that grew is the expert axis. No list of tensor names is kept anywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -44,18 +45,29 @@ class Placement:
     key: str
     expert: int | None = None
     converter: WeightConverter | None = None
-    pattern: str | None = None
+    pattern: str = ""
     suffix: str = ""
+
+    @property
+    def sources(self) -> list[str]:
+        """Patterns of the converter's sources, in order (gate before up)."""
+        return self.converter.source_patterns if self.converter else []
+
+    @property
+    def keys(self) -> list[str]:
+        """All parameters that the tensor has a part in (several where a converter splits)."""
+        targets = self.converter.target_patterns if self.converter else []
+        return [self.key, *(self.key.replace(targets[0], other) for other in targets[1:])]
 
     @property
     def stacks(self) -> bool:
         """The parameter is made by stacking experts (and possibly laying gate and up side by side), nothing else."""
-        kinds = [type(op) for op in self.converter.operations] if self.converter else []
-        return (
-            kinds == [MergeModulelist]
-            or kinds == [MergeModulelist, Concatenate]
-            and self.converter.operations[1].dim == 1
-            and self.converter.operations[1].num_shards_attribute is None
+        operations = self.converter.operations if self.converter else []
+        kinds = [type(op) for op in operations]
+        return kinds == [MergeModulelist] or (
+            kinds == [MergeModulelist, Concatenate]
+            and operations[1].dim == 1
+            and operations[1].num_shards_attribute is None
         )
 
 
@@ -93,7 +105,7 @@ class NameMap:
             return Placement(name, key, suffix=suffix)
         converter = self._by_pattern[pattern]
         expert = None
-        if any(isinstance(op, MergeModulelist) for op in converter.operations):
+        if "*" in pattern:
             match = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(base, self.renamings))
             numbers = [int(group) for group in match.groups() if group and group.isdigit()] if match else []
             expert = numbers[-1] if numbers else None
@@ -121,17 +133,29 @@ def grown_axes(small: dict[str, tuple[int, ...]], large: dict[str, tuple[int, ..
     return axes
 
 
-def disk_axis(placement: Placement, shape: tuple[int, ...], model_axis: int, num_experts: int) -> int | None:
-    """The expert axis of a fused tensor as it lies on disk; None for a tensor that belongs to one expert."""
+def disk_axis(placement: Placement, shape: tuple[int, ...], model_axis: int, size: int) -> int | None:
+    """The expert axis of a fused tensor as it lies on disk.
+
+    Args:
+        placement: where the tensor goes.
+        shape: on disk.
+        model_axis: the expert axis of the parameter that it goes to.
+        size: length of that axis.
+
+    Returns:
+        The axis; None for a tensor that belongs to one expert, or when it cannot be told.
+    """
     if placement.expert is not None:
         return None
     if placement.suffix:  # blocks and scales keep the experts in front
         return 0
     if placement.converter is None:
         return model_axis
-    if len(shape) > model_axis and shape[model_axis] >= num_experts and shape[model_axis] % num_experts == 0:
+    found = [axis for axis, length in enumerate(shape) if length == size]
+    moves = any(isinstance(op, Transpose) and model_axis in (op.dim0, op.dim1) for op in placement.converter.operations)
+    if not moves and model_axis in found:
         return model_axis
-    return next((axis for axis, size in enumerate(shape) if size == num_experts), None)
+    return found[0] if len(found) == 1 else None
 
 
 def natural_key(name: str) -> list[int | str]:
@@ -140,25 +164,23 @@ def natural_key(name: str) -> list[int | str]:
 
 
 def convert(
-    placements: list[Placement], tensors: dict[str, torch.Tensor], model: PreTrainedModel
+    converter: WeightConverter, placements: list[Placement], tensors: dict[str, torch.Tensor], model: PreTrainedModel
 ) -> dict[str, torch.Tensor]:
     """Run transformers' own converter for one parameter.
 
     Args:
+        converter: of the placements.
         placements: all disk tensors of one key.
         tensors: by disk name.
 
     Returns:
         Parameters by key (several where the converter splits).
     """
-    first = placements[0]
-    fresh = first.converter.copy(
-        first.converter._original_source_patterns,
-        first.converter._original_target_patterns,
-        operations=first.converter.operations,
+    fresh = converter.copy(
+        converter._original_source_patterns, converter._original_target_patterns, operations=converter.operations
     )
-    patterns = dict(zip(first.converter.source_patterns, fresh.source_patterns, strict=True))
+    patterns = dict(zip(converter.source_patterns, fresh.source_patterns, strict=True))
     for placement in sorted(placements, key=lambda x: natural_key(x.name)):
         fresh.add_tensor(placement.key, placement.name, patterns[placement.pattern], tensors[placement.name])
-    made = fresh.convert(first.key, model=model, config=model.config)
+    made = fresh.convert(placements[0].key, model=model, config=model.config)
     return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}

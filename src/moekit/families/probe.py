@@ -1,7 +1,7 @@
 """How does this router choose? Asked of the router itself, not of its config or its name.
 
-The stock router module is filled with random numbers and run on random tokens; the order of its calls, the weights that it
-returns and its answer to a changed bias tell everything. Config fields lie (DeepSeek-V2 ignores `norm_topk_prob`,
+The stock router module is filled with random numbers and run on random tokens; the order of its calls, the weights that
+it returns and its answer to a changed bias tell everything. Config fields lie (DeepSeek-V2 ignores `norm_topk_prob`,
 Mixtral has no such field and always renormalises); behaviour does not.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 from torch.overrides import TorchFunctionMode
 
 from moekit.families.family import Family
@@ -21,6 +23,12 @@ from moekit.families.seam import RouterTap
 from moekit.layout import Router
 
 TOKENS = 256
+SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "softplus-sqrt": lambda logits: softplus(logits).sqrt(),
+}
 
 
 class Routing(NamedTuple):
@@ -41,6 +49,7 @@ class Probed:
         width: rows of the router.
         own_biases: names of correction biases inside the router.
         borrowed_biases: names of correction biases that the block passes to it.
+        tables: names of tables inside the router that say which experts a token id gets.
     """
 
     router: Router
@@ -48,6 +57,7 @@ class Probed:
     width: int
     own_biases: tuple[str, ...] = ()
     borrowed_biases: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
     def bias_keys(self, router_path: str) -> tuple[str, ...]:
         """Model keys of the correction biases of the router at `router_path`."""
@@ -55,16 +65,20 @@ class Probed:
         return (*(f"{router_path}.{x}" for x in self.own_biases), *(f"{block}.{x}" for x in self.borrowed_biases))
 
 
-class _CallOrder(TorchFunctionMode):
-    """Notes the names of torch functions in the order of their calls."""
+class _Calls(TorchFunctionMode):
+    """Notes the names of torch functions in the order of their calls, and the shapes of what they return."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         self.names.append(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.shapes.add(tuple(out.shape))
+        return out
 
 
 def probe_router(
@@ -92,111 +106,125 @@ def probe_router(
     """
     router = copy.deepcopy(module).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
-    biases = {}
-    passed = borrowed_arguments(module, block)
-    extra = {name: torch.empty(tensor.shape) for name, tensor in passed.items()}
+    extra = {name: torch.empty(tensor.shape) for name, tensor in borrowed_arguments(module, block).items()}
     axes = axes | dict.fromkeys(extra, 0)
+    biases, tables = {}, {}
+    width = num_experts
     for name, tensor in (*router.named_parameters(), *router.named_buffers(), *extra.items()):
         if not tensor.is_floating_point():
-            tensor.data.zero_()
+            if tensor.dim() == 2:
+                tables[name] = tensor
+            tensor.data.copy_(_random_table(tensor.shape, num_experts, generator))
         elif tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor.numel() > 2 * num_experts:
             tensor.data = torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5
-        elif name in axes:
+            width = max(width, tensor.shape[axes[name]] if name in axes else 0)
+        elif name in axes:  # zero keeps a correction bias out of the way
             tensor.data.zero_()
             biases[name] = tensor
         else:
             tensor.data.fill_(1.0)
-    width = max(
-        (
-            x.shape[axes[name]]
-            for name, x in router.named_parameters()
-            if name in axes and x.dim() > 1 and x.numel() > 2 * num_experts
-        ),
-        default=num_experts,
-    )
+    arguments: dict[str, torch.Tensor] = dict(extra)
+    if "input_ids" in inspect.signature(type(module).forward).parameters:
+        rows = min((len(x) for x in tables.values()), default=1)
+        arguments["input_ids"] = torch.randint(0, rows, (TOKENS,), generator=generator)
     hidden = torch.randn(TOKENS, hidden_size, generator=generator)
 
     @torch.no_grad()
-    def run() -> tuple[Routing, list[str]]:
+    def run() -> tuple[Routing, _Calls]:
         nonlocal hidden
         try:
-            return _ask(family, router, hidden, extra, width)
+            return _ask(family, router, hidden, arguments, width)
         except (ValueError, IndexError):  # some routers take [batch, T, D] only
             hidden = hidden[None]
-            return _ask(family, router, hidden, extra, width)
+            return _ask(family, router, hidden, arguments, width)
 
-    # A bias of zero keeps a correction bias out of the way; a per-expert scale must be one to leave the weights alone.
-    base, calls = run()
-    correction, logit_bias = [], False
+    base, _ = run()
+    correction, logit_bias, expert_scale = [], False, False
     for name, tensor in biases.items():
-        flat = tensor.data.view(-1)
-        flat[0] = 100.0
+        first = tensor.data.view(-1)[:1]
+        first.fill_(100.0)
         moved, _ = run()
-        flat[0] = 0.0
+        first.zero_()
         if (moved.logits[:, 0] - base.logits[:, 0]).abs().min() > 1:
             logit_bias = True
         elif (moved.ids == 0).any(-1).all():
             correction.append(name)
         else:  # multiplies the weights
+            expert_scale = expert_scale or not torch.equal(moved.weights, base.weights)
             tensor.data.fill_(1.0)
     base, calls = run()
-    top_k = base.ids.shape[-1]
-    score = next(
-        (name for name in calls if name in ("softmax", "sigmoid", "softplus", "logsigmoid", "relu")), "unknown"
-    )
-    first = calls.index(score) if score in calls else 0
-    order = "top-k, score" if "topk" in calls and calls.index("topk") < first else "score, top-k"
-    renormalised, scaling, known = _normalisation(score, base, num_experts)
-    kept = groups if groups[0] > 1 and _within_groups(base.ids, num_experts, *groups) else (1, 1)
+    by_table = [x for x, table in tables.items() if torch.equal(base.ids, table[arguments["input_ids"]].long())]
+    score, known, renormalised, scaling = _weighing(calls.names, base)
+    grouped = any(shape[-2:] == (groups[0], num_experts // groups[0]) for shape in calls.shapes)
+    grouped = grouped and groups[0] > 1 and _within_groups(base.ids, num_experts, *groups)
     return Probed(
         Router(
             score=score if known else f"{score}, special",
-            order=order,
+            order="table, score" if by_table else _order(calls.names),
             renormalised=renormalised,
             scaling=scaling,
-            groups=kept[0],
-            groups_kept=kept[1],
+            groups=groups[0] if grouped else 1,
+            groups_kept=groups[1] if grouped else 1,
             correction_bias=bool(correction),
             logit_bias=logit_bias,
+            expert_scale=expert_scale,
         ),
-        top_k,
+        base.ids.shape[-1],
         width,
         tuple(x for x in correction if x not in extra),
         tuple(x for x in correction if x in extra),
+        tuple(by_table),
     )
 
 
+def _random_table(shape: torch.Size, num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Random expert numbers, no two alike in a row of a table as wide as it may be."""
+    if len(shape) != 2 or shape[1] > num_experts:
+        return torch.zeros(shape, dtype=torch.long)
+    return torch.rand(shape[0], num_experts, generator=generator).argsort(-1)[:, : shape[1]]
+
+
 def _ask(
-    family: Family, router: nn.Module, hidden: torch.Tensor, extra: dict[str, torch.Tensor], width: int
-) -> tuple[Routing, list[str]]:
-    with RouterTap(width) as tap, _CallOrder() as order:
-        weights, ids = family.routing(router(hidden, **extra))
+    family: Family, router: nn.Module, hidden: torch.Tensor, arguments: dict[str, torch.Tensor], width: int
+) -> tuple[Routing, _Calls]:
+    with RouterTap(width) as tap, _Calls() as calls:
+        weights, ids = family.routing(router(hidden, **arguments))
     if tap.logits is None:
         raise TypeError("no linear map as wide as the router has rows")
-    return Routing(tap.logits.reshape(-1, width).float(), weights.float(), ids.long()), order.names
+    return Routing(tap.logits.reshape(-1, width).float(), weights.float(), ids.long()), calls
 
 
 def borrowed_arguments(router: nn.Module, block: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors of the block that the router's forward takes as arguments (a correction bias kept outside of the router)."""
+    """Tensors of the block that the router's forward takes as arguments (a correction bias kept outside of it)."""
     names = list(inspect.signature(type(router).forward).parameters)[2:]
     return {name: x for name in names if isinstance(x := getattr(block, name, None), torch.Tensor)}
 
 
-def _normalisation(score: str, routing: Routing, num_experts: int) -> tuple[bool, float, bool]:
-    """(renormalised, scaling, whether score, renormalisation and scaling together explain the weights)."""
-    logits = routing.logits[:, :num_experts]
-    scores = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid, "relu": torch.relu}.get(score)
-    if scores is None:
-        total = routing.weights.sum(-1)
-        constant = bool((total - total.mean()).abs().max() < 1e-3)
-        return constant, round(float(total.mean()), 4) if constant else 1.0, False
-    chosen = scores(logits).gather(1, routing.ids)
-    plain = routing.weights / chosen.clamp_min(1e-12)
-    normed = routing.weights / (chosen / chosen.sum(-1, keepdim=True)).clamp_min(1e-12)
-    for renormalised, ratio in ((True, normed), (False, plain)):
-        if (ratio / ratio.mean() - 1).abs().max() < 2e-3:
-            return renormalised, round(float(ratio.mean()), 4), True
-    return False, 1.0, False
+def _score(names: list[str]) -> tuple[str, int]:
+    """(the score function that was called first, its place among the calls)."""
+    found = next(((x, i) for i, x in enumerate(names) if x in (*SCORES, "softplus")), ("unknown", len(names)))
+    return ("softplus-sqrt" if found[0] == "softplus" and "sqrt" in names else found[0]), found[1]
+
+
+def _order(names: list[str]) -> str:
+    return "top-k, score" if "topk" in names and names.index("topk") < _score(names)[1] else "score, top-k"
+
+
+def _weighing(names: list[str], routing: Routing) -> tuple[str, bool, bool, float]:
+    """(score, whether the following explain the weights: renormalised, scaling)."""
+    score, _ = _score(names)
+    used = (routing.weights != 0).all(-1)  # a token may choose no expert
+    weights, ids = routing.weights[used], routing.ids[used]
+    if score in SCORES:
+        chosen = SCORES[score](routing.logits[used]).gather(1, ids)
+        shares = chosen / chosen.sum(-1, keepdim=True)
+        for renormalised, expected in ((True, shares), (False, chosen)):
+            ratio = weights / expected.clamp_min(1e-12)
+            if renormalised and ids.shape[-1] == 1 and not torch.allclose(weights, weights[:1]):
+                continue  # a share of one alone is one
+            if (ratio / ratio.mean() - 1).abs().max() < 2e-3:
+                return score, True, renormalised, round(float(ratio.mean()), 4)
+    return score, False, False, 1.0
 
 
 def _within_groups(ids: torch.Tensor, num_experts: int, groups: int, kept: int) -> bool:

@@ -1,9 +1,9 @@
 """The two seams through which a live stock model is watched and changed, for every family alike.
 
-Router: while its forward runs, the first linear map as wide as the router has rows yields the raw logits; they can be noted
-and edited there, and the family's own code then does groups, top-k and normalisation. Experts: the function registered here
-runs the routed (token, expert) pairs as transformers' eager loop does, in the same order (bit-identical in fp32), and
-shows every expert's unweighted output on its way.
+Router: while its forward runs, the first linear map as wide as the router has rows yields the raw logits; they can be
+noted and edited there, and the family's own code then does groups, top-k and normalisation. Experts: the function
+registered here runs the routed (token, expert) pairs as transformers' eager loop does, in the same order
+(bit-identical in fp32), and shows every expert's unweighted output on its way.
 
 Symbols: T tokens, K chosen, E experts, D hidden, N rows of one expert.
 """
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "moekit_observed"
 ROW_BLOCK = 32  # bf16 row counts are padded to a multiple: oneDNN compiles one AMX kernel per distinct row count
-_LINEAR = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm}
+_LINEAR = {linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm}
 
 
 class RouterTap(TorchFunctionMode):
@@ -50,7 +50,7 @@ class RouterTap(TorchFunctionMode):
 
 @dataclass
 class ExpertRows:
-    """One expert's share of a call: tokens_N (row numbers into the T tokens), ranks_N (which of the K slots), output_ND."""
+    """One expert's share of a call: tokens_N (which of the T tokens), ranks_N (which of the K slots), output_ND."""
 
     expert: int
     tokens: torch.Tensor
@@ -113,9 +113,32 @@ def _padded(hidden_TD: torch.Tensor, tokens: torch.Tensor, block: int) -> torch.
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
     if not transposed:
-        return F.linear(rows, weight, bias)
+        return linear(rows, weight, bias)
     out = torch.matmul(rows, weight)
     return out if bias is None else out + bias
+
+
+def reroute(table_VK: torch.Tensor, banned_E: torch.Tensor) -> torch.Tensor:
+    """A table from token ids to experts without some of the experts.
+
+    What a banned expert had goes to the next one, counting up and round, that is not banned and not yet in its row.
+
+    Args:
+        table_VK: expert numbers, of any integer dtype.
+        banned_E: True for experts that must not appear; at least K are False.
+
+    Returns:
+        A new table of the same shape and dtype.
+    """
+    out_VK, banned_E = table_VK.to(torch.long, copy=True), banned_E.to(table_VK.device)
+    for slot in range(out_VK.shape[1]):
+        others = [x for x in range(out_VK.shape[1]) if x != slot]
+        moving_V = banned_E[out_VK[:, slot]]
+        while moving_V.any():
+            expert_V = torch.where(moving_V, (out_VK[:, slot] + 1) % len(banned_E), out_VK[:, slot])
+            out_VK[:, slot] = expert_V
+            moving_V &= banned_E[expert_V] | (out_VK[:, others] == expert_V[:, None]).any(-1)
+    return out_VK.to(table_VK.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts)

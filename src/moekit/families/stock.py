@@ -7,6 +7,7 @@ are all in this file and in `names.py`; the family tests hold them to what `from
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def quantisation(config: PretrainedConfig) -> str | None:
 
 
 def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel] | None:
-    """The transformers class that the config names (or the causal language model of its type); None for auto classes."""
+    """The transformers class that the config names, or the causal language model of its type; None for auto classes."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -127,7 +128,7 @@ def build(
 
 @dataclass(frozen=True)
 class ExpertsAt:
-    """An experts module found in a stock model: decoder layer index, its path, the path of the list of decoder layers."""
+    """An experts module of a stock model: decoder layer index, its path, the path of the list of decoder layers."""
 
     layer: int
     path: str
@@ -143,8 +144,8 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def find_experts(model: nn.Module, contract=is_experts) -> list[ExpertsAt]:
-    """All modules that meet the contract inside the language model's decoder layers, in order (vision towers left out)."""
+def find_experts(model: nn.Module, contract: Callable[[nn.Module], bool] = is_experts) -> list[ExpertsAt]:
+    """The modules that meet the contract inside the language model's decoder layers, in order (no vision towers)."""
     found = []
     for path, module in model.named_modules():
         if contract(module):

@@ -1,0 +1,69 @@
+"""Llama 4: no experts contract. The router's scores multiply the experts' INPUT, and every expert runs on every token.
+
+Symbols: T tokens, K chosen, E experts, D hidden. The router returns (scores_TE, logits_TE), scores being zero where an
+expert is not chosen; the experts get the T tokens E times over, [E * T, D], each copy times its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from moekit.families.family import Family
+from moekit.families.seam import ExpertRows
+from moekit.layout import MoELayer
+
+if TYPE_CHECKING:
+    from moekit.families.probe import Probed
+    from moekit.view import Call, MoEView, Observer
+
+
+class Llama4(Family):
+    """Dense execution, weighted inputs; an expert's observed output is f(g x), so g times its norm is never taken."""
+
+    def is_experts(self, module: nn.Module) -> bool:
+        """Known by their class: they carry no contract."""
+        return type(module).__name__ == "Llama4TextExperts"
+
+    def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores that are not zero."""
+        scores_TE = outputs[0]
+        weights_TK, ids_TK = scores_TE.topk(int((scores_TE > 0).sum(-1).max()), dim=-1)
+        return weights_TK, ids_TK
+
+    def refine(self, probed: Probed) -> Probed:
+        """Say that weights go in, not out."""
+        return replace(probed, router=replace(probed.router, weighs_input=True))
+
+    @contextmanager
+    def watch_experts(self, view: MoEView, layer: MoELayer, observer: Observer) -> Iterator[None]:
+        """Take ids and weights from the router, outputs from the dense run: nothing is computed twice."""
+        calls: list[Call] = []
+
+        def routed(_module: nn.Module, args: tuple, outputs: tuple) -> None:
+            weights, ids = self.routing(outputs)
+            calls.append(view.call(layer, args[0], ids, weights, observer.wants_residual))
+            observer.routed(calls[-1])
+
+        def after(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
+            call = calls.pop()
+            output_ETD = output.view(layer.num_experts, len(call.ids), -1)
+            for expert in call.ids.unique().tolist() if observer.wants_outputs else ():
+                tokens, ranks = torch.where(call.ids == expert)
+                observer.expert(call, ExpertRows(expert, tokens, ranks, output_ETD[expert, tokens]))
+            observer.finished(call, output_ETD.sum(0))
+
+        handles = [
+            view.router(layer.index).register_forward_hook(routed),
+            view.experts(layer.index).register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
