@@ -21,50 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
 from moekit.families.family import family_of
-from moekit.families.seam import ExpertRows, RouterTap, reroute
+from moekit.families.seam import Call, Observer, RouterTap, reroute
 from moekit.layout import Layout, MoELayer
-
-
-@dataclass
-class Call:
-    """One call of one MoE layer.
-
-    Attributes:
-        layer: decoder layer index.
-        hidden: the experts' input [T, D].
-        ids: chosen experts [T, K]; E where a token skips its experts (Zaya).
-        weights: what the model weighs them with [T, K].
-        logits: the router's raw logits [T, E] (as edited by bans).
-        residual: the residual stream before the block [T, D]; None unless asked for.
-    """
-
-    layer: MoELayer
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-    logits: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-
-
-class Observer:
-    """What `MoEView.watch` calls. Override what is needed; set the flags for what costs time.
-
-    Attributes:
-        wants_outputs: call `expert` with every expert's output.
-        wants_residual: fill `Call.residual`.
-    """
-
-    wants_outputs = False
-    wants_residual = False
-
-    def routed(self, call: Call) -> None:
-        """Routing is known, experts have not run."""
-
-    def expert(self, call: Call, rows: ExpertRows) -> None:
-        """One expert's unweighted output; it lives only during the call."""
-
-    def finished(self, call: Call, output: torch.Tensor) -> None:
-        """All experts have run; `output` [T, D] is their weighted sum, shared experts left out."""
 
 
 @dataclass

@@ -8,18 +8,35 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from moekit.families.seam import IMPLEMENTATION
+from moekit.families.seam import IMPLEMENTATION, Call, Observer
 from moekit.families.stock import is_experts
 from moekit.layout import MoELayer
 
 if TYPE_CHECKING:
     from moekit.families.probe import Probed
-    from moekit.view import Call, MoEView, Observer
+
+
+class View(Protocol):
+    """What a family needs of `moekit.view.MoEView`, which stands above it."""
+
+    def experts(self, layer: int) -> nn.Module:
+        """The experts module of a layer."""
+        ...
+
+    def router(self, layer: int) -> nn.Module:
+        """The router module of a layer."""
+        ...
+
+    def call(
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, residual: bool
+    ) -> Call:
+        """Everything known of the call that is running now."""
+        ...
 
 
 class Family:
@@ -63,7 +80,7 @@ class Family:
         return ids_TK
 
     @contextmanager
-    def watch_experts(self, view: MoEView, layer: MoELayer, observer: Observer) -> Iterator[None]:
+    def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:
         """Show the calls of one layer's experts to `observer`; with outputs only if it wants them."""
         experts = view.experts(layer.index)
         calls: list[Call] = []

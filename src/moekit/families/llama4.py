@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moekit.families.family import Family
-from moekit.families.seam import ExpertRows
+from moekit.families.family import Family, View
+from moekit.families.seam import Call, ExpertRows, Observer
 from moekit.layout import MoELayer
 
 if TYPE_CHECKING:
     from moekit.families.probe import Probed
-    from moekit.view import Call, MoEView, Observer
 
 
 class Llama4(Family):
@@ -41,7 +40,7 @@ class Llama4(Family):
         return replace(probed, router=replace(probed.router, weighs_input=True))
 
     @contextmanager
-    def watch_experts(self, view: MoEView, layer: MoELayer, observer: Observer) -> Iterator[None]:
+    def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:
         """Take ids and weights from the router, outputs from the dense run: nothing is computed twice."""
         calls: list[Call] = []
 

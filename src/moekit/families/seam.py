@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moekit.layout import MoELayer
+
 IMPLEMENTATION = "moekit_observed"
 ROW_BLOCK = 32  # bf16 row counts are padded to a multiple: oneDNN compiles one AMX kernel per distinct row count
 _LINEAR = {linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm}
@@ -56,6 +58,48 @@ class ExpertRows:
     tokens: torch.Tensor
     ranks: torch.Tensor
     output: torch.Tensor
+
+
+@dataclass
+class Call:
+    """One call of one MoE layer.
+
+    Attributes:
+        layer: decoder layer index.
+        hidden: the experts' input [T, D].
+        ids: chosen experts [T, K]; E where a token skips its experts (Zaya).
+        weights: what the model weighs them with [T, K].
+        logits: the router's raw logits [T, E] (as edited by bans).
+        residual: the residual stream before the block [T, D]; None unless asked for.
+    """
+
+    layer: MoELayer
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+
+class Observer:
+    """What `MoEView.watch` calls. Override what is needed; set the flags for what costs time.
+
+    Attributes:
+        wants_outputs: call `expert` with every expert's output.
+        wants_residual: fill `Call.residual`.
+    """
+
+    wants_outputs = False
+    wants_residual = False
+
+    def routed(self, call: Call) -> None:
+        """Routing is known, experts have not run."""
+
+    def expert(self, call: Call, rows: ExpertRows) -> None:
+        """One expert's unweighted output; it lives only during the call."""
+
+    def finished(self, call: Call, output: torch.Tensor) -> None:
+        """All experts have run; `output` [T, D] is their weighted sum, shared experts left out."""
 
 
 def observed_experts(
