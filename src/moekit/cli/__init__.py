@@ -42,7 +42,7 @@ def _register() -> None:
     """Every module of this package with a `register(app)` is a verb."""
     for found in sorted(pkgutil.iter_modules(__path__), key=lambda x: x.name):
         module = importlib.import_module(f"{__name__}.{found.name}")
-        if hasattr(module, "register"):
+        if "register" in vars(module):
             module.register(app)
 
 

@@ -50,7 +50,8 @@ def facts(layout: Layout) -> list[tuple[str, str]]:
     rows = [
         (
             "size",
-            f"{format_bytes(total.bytes)}, {count(total.params)} parameters, {count(layout.active_params)} active a token",
+            f"{format_bytes(total.bytes)}, {count(total.params)} parameters, "
+            f"{count(layout.active_params)} active a token",
         ),
         ("dtype", layout.dtype + (f", quantised as {layout.quantisation}" if layout.quantisation else "")),
         (
@@ -106,11 +107,11 @@ def abilities(layout: Layout) -> list[str]:
     router = layer.router
     need = max(2, -(-layer.top_k // router.groups_kept)) * router.groups if router.groups > 1 else layer.top_k
     saved = sum((x.num_experts - need) * x.expert_bytes for x in layout.layers)
-    lines = [f"can be measured, pruned and evaluated; at least {need} of {layer.num_experts} experts must stay a layer"]
-    lines.append(
-        f"keeping half of the experts saves {format_bytes(sum(x.expert_bytes * (x.num_experts // 2) for x in layout.layers))}"
-    )
-    lines[-1] += f", keeping {need} saves {format_bytes(saved)}"
+    half = sum(x.expert_bytes * (x.num_experts // 2) for x in layout.layers)
+    lines = [
+        f"can be measured, pruned and evaluated; at least {need} of {layer.num_experts} experts must stay a layer",
+        f"keeping half of the experts saves {format_bytes(half)}, keeping {need} saves {format_bytes(saved)}",
+    ]
     if any(x.mtp for x in layout.layers):
         lines.append(
             "multi-token-prediction layers are dropped when experts are (stock transformers does not run them)"

@@ -16,8 +16,9 @@ from moekit.progress import Progress
 
 
 def console() -> Console:
-    """Standard output."""
-    return Console(highlight=False, soft_wrap=False)
+    """Standard output; as wide as the terminal, or 120 columns where there is none (a file, a pipe, a log)."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 def errors_to(stream: TextIO) -> Console:

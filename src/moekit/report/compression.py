@@ -1,4 +1,4 @@
-"""The report that every baked model carries: report.json with every number, report.md for people."""
+"""The report that every baked model carries: report.json with every number, report.md and a model card for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moekit.recipe import format_bytes
 
 
 def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
-    """Write report.json, report.md and recipe.yaml into `folder`.
+    """Write report.json, report.md, recipe.yaml and the model card README.md into `folder`.
+
+    A card of the source stays as README.source.md; its licence and languages go into the new card.
 
     Args:
         folder: of the new model.
@@ -19,8 +23,37 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
     """
     path = Path(folder)
     (path / "report.json").write_text(json.dumps(report, indent=1))
-    (path / "report.md").write_text("\n".join(markdown(report)) + "\n")
+    text = "\n".join(markdown(report)) + "\n"
+    (path / "report.md").write_text(text)
+    card = path / "README.md"
+    head = {}
+    if card.is_file():
+        head = _front_matter(card.read_text(encoding="utf-8", errors="replace"))
+        card.rename(path / "README.source.md")
+    card.write_text(model_card(report, head) + text)
     (path / "recipe.yaml").write_text(str(report["recipe"]))
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def model_card(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+    """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from."""
+    carried = {key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source}
+    head = carried | {
+        "base_model": report["model"]["name"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moekit", "mixture-of-experts", "pruned"],
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def markdown(report: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,176 @@
+"""moekit compress: a recipe, or the same as flags, from a model to a smaller proven one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from moekit.cli.screen import bars, console, table
+from moekit.errors import RecipeError
+from moekit.recipe import Recipe, format_bytes
+
+if TYPE_CHECKING:
+    from moekit.evaluation import Evaluation
+    from moekit.pipeline import Estimate, Job, Result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("compress")(compress)
+
+
+def compress(
+    model: str = typer.Argument(help="A recipe (.yaml), or a model: a folder, a hub id, or refmoe."),
+    data: list[str] = typer.Option([], help="Calibration text, NAME=PATH; may be given several times."),
+    eval_data: list[str] = typer.Option([], "--eval", help="Text to compare the result on, NAME=PATH; several times."),
+    method: str | None = typer.Option(None, help="How experts are scored (see `moekit methods`).  [default: easy-ep]"),
+    keep: str | None = typer.Option(None, help="Share (0.5, 50%) or number (64) of experts that a layer keeps."),
+    domain: list[str] = typer.Option([], help="Domains whose statistics count.  [default: all]"),
+    out: str | None = typer.Option(None, help="The folder to make."),
+    tokens: int | None = typer.Option(None, help="Calibration tokens of each domain.  [default: 65536]"),
+    sequence_length: int | None = typer.Option(None, help="Tokens of a sequence.  [default: 512]"),
+    seed: int | None = typer.Option(None, help="Of every draw.  [default: 0]"),
+    protect: str | None = typer.Option(None, help="Keep super experts whatever their score: super or none."),
+    option: list[str] = typer.Option([], help="Option of the method, NAME=VALUE; several times."),
+    shard_size: str | None = typer.Option(None, help="Largest output file, as 5GB."),
+    dtype: str | None = typer.Option(None, help="To run layers in: auto, float32, bfloat16, float16."),
+    stats: Path | None = typer.Option(None, help="Keep statistics in this folder, and use those that lie there."),
+    device: str = typer.Option("cpu", help="To measure and evaluate on: cpu or cuda."),
+    plan_only: bool = typer.Option(False, "--plan-only", help="Measure and plan, write no model."),
+    no_verify: bool = typer.Option(False, "--no-verify", help="Skip the proof in stock transformers."),
+    overwrite: bool = typer.Option(False, help="Replace the model that lies in the output folder."),
+    trust_remote_code: bool = typer.Option(False, help="Allow code that the checkpoint brings along."),
+) -> None:
+    """Make a model smaller for your text: measure, decide, write, prove, compare.
+
+    Statistics are taken in one streamed pass (one layer in memory); the new checkpoint is written file to file and
+    loads in stock transformers. An interrupted run goes on when the same command is given again.
+    """
+    from moekit.data import parse_data
+
+    flags = {
+        "method": method,
+        "keep": keep,
+        "domain": domain or None,
+        "out": out,
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "protect": protect,
+        "options": option or None,
+        "shard_size": shard_size,
+        "dtype": dtype,
+        "data": _texts(parse_data(data)) if data else None,
+        "evaluation_data": _texts(parse_data(eval_data)) if eval_data else None,
+        "verify": False if no_verify else None,
+    }
+    if model.endswith((".yaml", ".yml")):
+        given = [name for name, value in flags.items() if value is not None]
+        if given:
+            raise RecipeError(
+                "a recipe file and flags for what it says", got=", ".join(given), fix="write it in the recipe"
+            )
+        recipe = Recipe.load(model)
+    else:
+        flags["out"] = out or ("./plan-only" if plan_only else None)
+        recipe = Recipe.from_flags(model=model, **flags)
+    run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code)
+
+
+def _texts(sources: dict[str, str]) -> dict[str, str]:
+    return {name: str(path) for name, path in sources.items()}
+
+
+def run_recipe(
+    recipe: Recipe,
+    plan_only: bool = False,
+    stats: Path | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Prepare, say what will happen, run, say what happened."""
+    from moekit.pipeline import estimate, prepare, run
+
+    screen = console()
+    job = prepare(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    for line in before(job, estimate(job, device)):
+        screen.print(line)
+    with bars() as progress:
+        result = run(
+            job, plan_only=plan_only, stats_folder=stats, device=device, overwrite=overwrite, progress=progress
+        )
+    for line in result.plan.notes:
+        screen.print(f"  {line}")
+    if result.path is None:
+        saved = format_bytes(result.plan.saved_bytes(job.model.layout))
+        screen.print(f"planned only: {saved} would be saved; run again without --plan-only to write it")
+        return result
+    screen.print()
+    if result.evaluation:
+        screen.print(evaluation_table(result.evaluation))
+        screen.print()
+    for line in after(job, result):
+        screen.print(line)
+    return result
+
+
+def before(job: Job, expected: Estimate) -> list[str]:
+    """What will be done, and how long it may take."""
+    layout, recipe = job.model.layout, job.recipe
+    tokens = sum(job.calibration.tokens.values())
+    return [
+        f"[bold]{job.model.name}[/]: {len(layout.routed)} MoE layers of {layout.routed[0].num_experts} experts, "
+        f"{format_bytes(layout.total.bytes)}",
+        f"  keep {recipe.keep} of the experts by {recipe.method}, measured on {tokens:,} tokens",
+        f"  expected: {format_bytes(expected.bytes_after)} at the end; about {duration(expected.measure_s)} to measure, "
+        f"{duration(expected.bake_s)} to write",
+    ]
+
+
+def after(job: Job, result: Result) -> list[str]:
+    """What was made, and what can be done with it."""
+    baked, proof = result.baked, result.verification
+    lines = [
+        f"[bold]{result.path}[/]: {format_bytes(baked.bytes_before)} -> {format_bytes(baked.bytes_after)} "
+        f"({baked.bytes_after / baked.bytes_before:.0%})"
+    ]
+    if proof:
+        lines.append(
+            f"  proven: {proof.loaded_by} on the new files agrees with the plan applied live to the source "
+            f"(largest logit difference {proof.max_difference:.2g}, {proof.dtype})"
+        )
+    lines += [f"  {note}" for note in baked.notes]
+    lines.append("  " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
+    lines.append(f"  read {result.path / 'report.md'}; load it with AutoModelForCausalLM.from_pretrained")
+    return lines
+
+
+def evaluation_table(evaluation: Evaluation) -> object:
+    """Perplexity before and after by domain, with 95% intervals."""
+    rows = []
+    for name, x in evaluation.domains.items():
+        row = [name, f"{x.tokens:,}", f"{x.perplexity.value:.2f}"]
+        if x.ratio and x.kl and x.agreement and x.source_perplexity:
+            row = [
+                *row[:2],
+                f"{x.source_perplexity.value:.2f}",
+                row[2],
+                f"x {x.ratio.value:.3f} [{x.ratio.low:.3f}, {x.ratio.high:.3f}]",
+                f"{x.kl.value:.3f}",
+                f"{x.agreement.value:.1%}",
+            ]
+        rows.append(row)
+    columns = ("domain", "tokens", "perplexity")
+    if evaluation.max_logit_difference is not None:
+        columns = ("domain", "tokens", "ppl before", "after", "ratio [95%]", "KL", "same top token")
+    return table("", columns, rows)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min`, `2.1 h`."""
+    if seconds < 90:
+        return f"{max(seconds, 0.1):.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
