@@ -125,8 +125,8 @@ def before(job: Job, expected: Estimate) -> list[str]:
         f"[bold]{job.model.name}[/]: {len(layout.routed)} MoE layers of {layout.routed[0].num_experts} experts, "
         f"{format_bytes(layout.total.bytes)}",
         f"  keep {recipe.keep} of the experts by {recipe.method}, measured on {tokens:,} tokens",
-        f"  expected: {format_bytes(expected.bytes_after)} at the end; about {duration(expected.measure_s)} to measure, "
-        f"{duration(expected.bake_s)} to write",
+        f"  expected: {format_bytes(expected.bytes_after)} at the end; "
+        f"about {duration(expected.measure_s)} to measure, {duration(expected.bake_s)} to write",
     ]
 
 
