@@ -30,8 +30,8 @@ class Router:
 
     Attributes:
         score: function from logits to scores: "softmax", "sigmoid", "sparsemixer", "softplus-sqrt", ...
-        order: "score, top-k" or "top-k, score" (what the family's code does first), or "table, score" (a fixed table says
-            which experts a token id gets; scores only weigh them).
+        order: "score, top-k" or "top-k, score" (what the family's code does first), or "table, score" (a fixed table
+            says which experts a token id gets; scores only weigh them).
         renormalised: the weights of the chosen experts sum to `scaling` (for softmax this makes both orders equal).
         scaling: constant factor on the weights.
         groups: number of expert groups that selection is limited by (1: no groups).
@@ -106,6 +106,7 @@ class MoELayer:
         router_width: rows of the router: E, or more where it also scores shared or null experts.
         correction_biases: model keys of biases that change the selection but not the weights.
         tables: model keys of tables from token ids to experts.
+        width: D, size of what the experts take and give; the hidden size but in families that project before and after.
         num_experts: E, routed experts.
         top_k: k, experts chosen per token.
         router: how they are chosen.
@@ -131,6 +132,7 @@ class MoELayer:
     expert_bytes: int = 0
     mtp: bool = False
     tables: tuple[str, ...] = ()
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class Layout:
                     **row,
                     "router": Router(**row["router"]),
                     "correction_biases": tuple(row["correction_biases"]),
+                    "tables": tuple(row["tables"]),
                     "tensors": (),
                 }
             )

@@ -245,7 +245,7 @@ def _layers(
     layers = []
     for at in experts:
         module = model.get_submodule(at.path)
-        count = module.down_proj.shape[0]
+        count, inner_size = module.down_proj.shape[0], _inner_size(module)
         block = at.path.rpartition(".")[0] + "."
         keys = [key for key in axes if key.startswith(block) and not key.startswith(at.path + ".")]
         where = router_path(at.path, keys)
@@ -285,7 +285,8 @@ def _layers(
                 num_experts=count,
                 top_k=described.top_k,
                 router=described.router,
-                inner_size=_inner_size(module),
+                inner_size=inner_size,
+                width=module.down_proj[0].numel() // inner_size,
                 shared_experts=_shared(config, model.get_submodule(path)),
                 tensors=tuple(tensors),
                 expert_bytes=expert_bytes // count,
