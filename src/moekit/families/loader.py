@@ -54,6 +54,10 @@ class Loader:
             )
         self.model = build(understanding.config, self.dtype, buffers=True, trust_remote_code=trust_remote_code)
         self.model.requires_grad_(False)
+        for module in self.model.modules() if self.device.type != "cpu" else ():
+            module._buffers |= {
+                name: x.to(self.device) for name, x in module._buffers.items() if x is not None and not x.is_meta
+            }
         for at in understanding.experts:  # the same numbers as transformers' eager loop, faster
             if hasattr(experts := self.model.get_submodule(at.path), "_apply_gate"):
                 experts.config._experts_implementation = IMPLEMENTATION
