@@ -27,6 +27,7 @@ from moekit.checkpoint.reader import Checkpoint, TensorInfo
 from moekit.checkpoint.writer import Copy, Make, OutTensor, write_checkpoint
 from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
+from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
@@ -171,6 +172,10 @@ def _copy(info: TensorInfo, name: str) -> OutTensor:
 def _slice(checkpoint: Checkpoint, layer: MoELayer, tensor: ExpertTensor, kept: tuple[int, ...]) -> OutTensor:
     """A tensor with an expert axis, cut to the kept experts; what lies behind the experts (shared, null) stays."""
     info, axis, count = checkpoint.info(tensor.name), tensor.axis or 0, layer.num_experts
+    if tensor.role == "table":
+        return OutTensor(
+            info.name, info.dtype, info.shape, Make(partial(_cut_table, checkpoint, info.name, kept, count))
+        )
     if prod(info.shape) == 1:
         return _copy(info, info.name)  # one scale for all
     length = info.shape[axis]
@@ -188,6 +193,14 @@ def _slice(checkpoint: Checkpoint, layer: MoELayer, tensor: ExpertTensor, kept: 
         spans = tuple((info.start + start * info.row_bytes, info.start + end * info.row_bytes) for start, end in runs)
         return OutTensor(info.name, info.dtype, shape, Copy(info.file, spans))
     return OutTensor(info.name, info.dtype, shape, Make(partial(_read_runs, checkpoint, info.name, axis, runs)))
+
+
+def _cut_table(checkpoint: Checkpoint, name: str, kept: tuple[int, ...], count: int) -> torch.Tensor:
+    """A table of expert numbers: dropped experts give way as under a live ban, then all get their new numbers."""
+    rank = torch.full((count,), -1)
+    rank[list(kept)] = torch.arange(len(kept))
+    table = checkpoint.read(name)
+    return rank[reroute(table, rank < 0).long()].to(table.dtype)
 
 
 def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
