@@ -239,6 +239,7 @@ class Stream:
         self.resumed_at = start
         for number, walk in enumerate(walks):
             output = torch.load(files[number], map_location=self.loader.device, weights_only=True) if files else None
+            output = pytree.tree_map_only(torch.Tensor, torch.clone, output)  # loaded storages cannot be resized
             walk.advance(start, output)
             spill.away(walk)
         return start
