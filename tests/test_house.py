@@ -25,6 +25,8 @@ FLOORS = {
     "errors": 1,
     "refmoe": 1,  # package data: the reference model and its texts
     "progress": 1,
+    "tally": 1,
+    "arrays": 2,
     "layout": 2,
     "recipe": 2,
     "data": 2,

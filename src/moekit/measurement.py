@@ -23,9 +23,12 @@ from moekit.families.model import Model
 from moekit.families.seam import ExpertRows
 from moekit.layout import MoELayer
 from moekit.progress import Progress, silent
-from moekit.stats import FIELDS, GROUPS, POSITION_BUCKETS, LayerStats, Stats, add_up, position_bucket
+from moekit.stats import ALWAYS, FIELDS, GROUPS, POSITION_BUCKETS, WORDS, LayerStats, Stats, position_bucket
 from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
+from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
+
+TALLY_KEYS = 8 << 20  # distinct (domain, token id, expert) held in memory by all layers together
 
 
 class Gatherer(Observer):
@@ -34,34 +37,40 @@ class Gatherer(Observer):
     Args:
         layers: MoE layers, in order.
         domains: number of domains.
-        hidden_size: D.
         groups: which of `moekit.stats.GROUPS` to take.
 
     Attributes:
         batch: (number, Batch) that runs now; to be set before each forward.
         previous: chosen experts of the previous MoE layer by batch number, for transitions.
+        margin: p_k - p_(k+1) of the call that finished last, real tokens only, with the group "routing".
     """
 
-    def __init__(self, layers: Sequence[MoELayer], domains: int, hidden_size: int, groups: Sequence[str] = GROUPS):
+    def __init__(self, layers: Sequence[MoELayer], domains: int, groups: Sequence[str] = GROUPS):
+        self.layers = {layer.index: layer for layer in layers}
         self.groups = frozenset(groups)
         self.wants_outputs = bool(self.groups & {"scores", "outputs"})
         self.wants_residual = "scores" in self.groups
         self.batch: tuple[int, Batch] = (0, None)
         self.previous: dict[int, torch.Tensor] = {}
         self.sums: dict[int, dict[str, torch.Tensor]] = {}
-        self.words: dict[int, list[np.ndarray]] = {}
-        sizes = {"D": hidden_size, "P": POSITION_BUCKETS}
+        self.words: dict[int, dict[str, Tally]] = {}
+        self.empty_slots: dict[int, int] = {layer.index: 0 for layer in layers}
+        self.margin: torch.Tensor | None = None
+        sizes = {"P": POSITION_BUCKETS}
         for i, layer in enumerate(layers):
-            sizes |= {"E": layer.num_experts, "F": layers[i - 1].num_experts if i else 0}
+            sizes |= {"D": layer.width, "E": layer.num_experts, "F": layers[i - 1].num_experts if i else 0}
             shapes = {
-                name: [sizes[x] for x in axes] for name, (group, axes, _) in FIELDS.items() if group in self.groups
+                name: [sizes[x] for x in axes]
+                for name, (group, axes, _) in FIELDS.items()
+                if group in self.groups or name in ALWAYS
             }
             self.sums[layer.index] = {
                 name: torch.zeros(domains, *shape, dtype=torch.float32 if name == "output" else torch.float64)
                 for name, shape in shapes.items()
                 if 0 not in shape
             }
-            self.words[layer.index] = []
+            memory_keys = TALLY_KEYS // (len(WORDS) * len(layers))
+            self.words[layer.index] = {name: Tally(memory_keys) for name in WORDS if "vocabulary" in self.groups}
 
     def routed(self, call: Call) -> None:
         _, batch = self.batch
@@ -96,33 +105,33 @@ class Gatherer(Observer):
         flat = ids.reshape(-1)
 
         def by_expert(values_TK: torch.Tensor) -> torch.Tensor:
-            return torch.bincount(flat, weights=values_TK.reshape(-1).double(), minlength=layer.num_experts).cpu()
+            sums_E = torch.bincount(flat, weights=values_TK.reshape(-1).double(), minlength=layer.num_experts)
+            return sums_E[: layer.num_experts].cpu()  # id E: a slot that no expert fills
 
+        weights = call.weights[keep].float()
+        self.empty_slots[layer.index] += int((flat == layer.num_experts).sum())
+        sums["count"] += by_expert(torch.ones_like(weights))
+        sums["gate_mass"] += by_expert(weights)
         if "scores" in self.groups:
-            weights, norms = call.weights[keep].float(), self._norms[keep]
+            norms = self._norms[keep]
             gated = norms if layer.router.weighs_input else weights * norms
             shift = _shift(call.residual[keep], output.reshape(call.ids.shape[0], -1)[keep])
-            sums["count"] += torch.bincount(flat, minlength=layer.num_experts).cpu()
-            sums["gate_mass"] += by_expert(weights)
             sums["norm"] += by_expert(norms)
             sums["norm_sq"] += by_expert(norms * norms)
             sums["gated_norm"] += by_expert(gated)
             sums["easy_ep"] += by_expert(shift[:, None] * gated)
-        if self.groups & {"outputs", "routing"}:
+        if "routing" in self.groups:
             logits = call.logits[keep].float()
             self._check_logits(layer, logits, ids)
-        if "outputs" in self.groups:
             sums["logit"] += logits.sum(0, dtype=torch.float64).cpu()
             sums["logit_gram"] += (logits.T @ logits).double().cpu()
-        if "routing" in self.groups:
             self._routing(layer, number, batch, sums, logits, ids)
         if "vocabulary" in self.groups:
             self._vocabulary(layer, batch, ids)
 
     def _check_logits(self, layer: MoELayer, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """Refuse a trace in which the router's logits do not explain its choice (where nothing else decides)."""
-        router = layer.router
-        if router.correction_bias or router.groups > 1 or "special" in router.score:
+        if not layer.router.follows_logits:
             return
         lowest = logits.gather(1, ids).amin(-1)
         better = (logits > lowest[:, None]).sum(-1)
@@ -138,12 +147,11 @@ class Gatherer(Observer):
         logits: torch.Tensor,
         ids: torch.Tensor,
     ) -> None:
-        chosen = torch.zeros(len(ids), layer.num_experts, device=ids.device).scatter_(1, ids, 1.0)
+        chosen = _one_hot(ids, layer.num_experts)
         sums["coactivation"] += (chosen.T @ chosen).double().cpu()
         before = self.previous.get(number)
         if before is not None and "transition" in sums:
-            came = torch.zeros(len(ids), sums["transition"].shape[0], device=ids.device)
-            came.scatter_(1, before.to(ids.device).long(), 1.0)
+            came = _one_hot(before.to(ids.device).long(), sums["transition"].shape[0])
             sums["transition"] += (came.T @ chosen).double().cpu()
         self.previous[number] = ids.to(torch.int16).cpu()
         scores = logits.sigmoid() if layer.router.score.startswith("sigmoid") else logits.softmax(-1)
@@ -151,40 +159,48 @@ class Gatherer(Observer):
         entropy = -torch.special.xlogy(scores, scores).sum(-1)
         best = scores.topk(min(layer.top_k + 1, layer.num_experts), -1).values
         margin = best[:, layer.top_k - 1] - (best[:, layer.top_k] if best.shape[1] > layer.top_k else 0.0)
-        positions = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)[batch.mask.numpy()]
-        bucket = torch.from_numpy(position_bucket(positions))
+        self.margin = margin
+        bucket = torch.from_numpy(position_bucket(batch.positions[batch.mask].numpy()))
         sums["position_tokens"] += torch.bincount(bucket, minlength=POSITION_BUCKETS)
         for name, values in (("entropy", entropy), ("margin", margin)):
             sums[name] += torch.bincount(bucket, weights=values.double().cpu(), minlength=POSITION_BUCKETS)
 
     def _vocabulary(self, layer: MoELayer, batch: Batch, ids: torch.Tensor) -> None:
-        words = batch.ids.reshape(-1)[self._real]
-        keys = (words[:, None] * layer.num_experts + ids.cpu()).reshape(-1)
-        unique, counts = torch.unique(keys, return_counts=True)
-        rows = torch.stack(
-            [torch.full_like(unique, batch.domain), unique // layer.num_experts, unique % layer.num_experts, counts], 1
-        )
-        self.words[layer.index].append(rows.numpy())
+        ids_TK = ids.cpu().numpy()
+        for name, words in (("vocabulary", batch.ids), ("following", batch.following)):
+            words_T = words.reshape(-1)[self._real].numpy()
+            keys_TK = batch.domain << 48 | words_T[:, None] << 16 | ids_TK
+            self.words[layer.index][name].add(keys_TK[words_T >= 0].reshape(-1))
 
     def take(self, index: int, tokens: int) -> LayerStats:
         """The finished sums of a layer; its memory is given up.
 
         Raises:
-            ModelError: the counts do not add up to tokens x top_k.
+            ModelError: the counts (and empty slots) do not add up to tokens x top_k.
         """
         sums, words = self.sums.pop(index), self.words.pop(index)
-        stats = LayerStats({name: x.numpy() for name, x in sums.items()})
-        if words:
-            stats.vocabulary = add_up(np.concatenate(words))
-        if "count" in sums and not float(sums["count"].sum()).is_integer():
-            raise ModelError("counts are not whole numbers", where=f"layer {index}")
-        return stats
+        slots = tokens * self.layers[index].top_k
+        if (filled := int(sums["count"].sum()) + self.empty_slots[index]) != slots:
+            raise _mismatch(self.layers[index], f"{filled:,} choices for {tokens:,} tokens, expected {slots:,}")
+        rows = {name: _unpacked(*tally.result()) for name, tally in words.items()}
+        return LayerStats({name: x.numpy() for name, x in sums.items()}, **rows)
+
+
+def _unpacked(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[M, 4]: domain, token id, expert, count."""
+    return np.stack([keys >> 48, keys >> 16 & 0xFFFFFFFF, keys & 0xFFFF, counts], 1)
 
 
 def _shift(residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """max(0, 1 - cos(h, h + y)) for each token [T]."""
     h, y = residual.float(), output.float()
     return (1 - torch.cosine_similarity(h, h + y, dim=-1)).clamp_min(0)
+
+
+def _one_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Which experts each token chose [T, E]; id E (a slot that no expert fills) counts for none."""
+    chosen = torch.zeros(len(ids_TK), num_experts + 1, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
+    return chosen[:, :num_experts]
 
 
 def _mismatch(layer: MoELayer, what: str) -> ModelError:
@@ -229,7 +245,7 @@ def measure(
     layers = layout.routed
     loader = model.loader(dtype, device)
     view = MoEView(loader.model, layout)
-    gatherer = Gatherer(layers, len(data.domains), layout.hidden_size, groups)
+    gatherer = Gatherer(layers, len(data.domains), groups)
     manifest = _manifest(model, data, groups, loader.dtype)
     identity = json.dumps(manifest, sort_keys=True)
     work = None if workdir is None else Path(workdir)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
+from moekit.arrays import read_arrays, write_arrays
 from moekit.errors import DataError, PlanError, did_you_mean
 from moekit.layout import Layout
 
@@ -34,8 +34,8 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "easy_ep": ("scores", "E", "sum over T_j of max(0, 1 - cos(h, h + y)) g_j |f_j| (EASY-EP)"),
     "peak": ("scores", "E", "maximum over T_j of |element of f_j| (super experts)"),
     "output": ("outputs", "ED", "sum over T_j of f_j"),
-    "logit": ("outputs", "E", "sum of router logits"),
-    "logit_gram": ("outputs", "EE", "sum of products of two experts' router logits"),
+    "logit": ("routing", "E", "sum of router logits"),
+    "logit_gram": ("routing", "EE", "sum of products of two experts' router logits"),
     "coactivation": ("routing", "EE", "tokens that chose both i and j (diagonal: count)"),
     "transition": ("routing", "FE", "pairs (i chosen in the previous MoE layer, j chosen here), all pairs of a token"),
     "position_tokens": ("routing", "P", "tokens in a position bucket"),
@@ -43,7 +43,9 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "margin": ("routing", "P", "sum of p_k - p_(k+1), the router's confidence, by position bucket"),
 }
 MAXIMA = frozenset({"peak"})
+ALWAYS = frozenset({"count", "gate_mass"})  # taken whatever the groups
 GROUPS = ("scores", "outputs", "routing", "vocabulary")
+WORDS = ("vocabulary", "following")  # sparse counts by token id
 
 
 def position_bucket(position: np.ndarray) -> np.ndarray:
@@ -57,11 +59,14 @@ class LayerStats:
 
     Attributes:
         arrays: name of `FIELDS` to float64 array [N, ...] ("output": float32).
-        vocabulary: int64 [M, 4], sorted: domain, token id, expert, count; input tokens routed to an expert.
+        vocabulary: integers [M, 4], sorted: domain, token id, expert, count; input tokens routed to an expert. Expert E
+            is a slot that stayed empty: a token id's counts always add up to top_k times its occurrences.
+        following: the same of the token that comes next in the text, which the model was to predict there.
     """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     vocabulary: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    following: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
 
     def merged(self, other: LayerStats, ours: np.ndarray, theirs: np.ndarray, domains: int) -> LayerStats:
         """Both together; `ours` and `theirs` map old domain numbers to new ones."""
@@ -72,13 +77,31 @@ class LayerStats:
             total[ours] = a
             total[theirs] = np.maximum(total[theirs], b) if name in MAXIMA else total[theirs] + b
             out.arrays[name] = total
-        moved = [_renumbered(x.vocabulary, new) for x, new in ((self, ours), (other, theirs))]
-        out.vocabulary = add_up(np.concatenate(moved))
+        for name in WORDS:
+            moved = [_renumbered(getattr(x, name), new) for x, new in ((self, ours), (other, theirs))]
+            setattr(out, name, add_up(np.concatenate(moved)))
         return out
+
+    def select(self, domain: int) -> LayerStats:
+        """One domain alone, as domain 0."""
+        arrays = {name: array[domain : domain + 1] for name, array in self.arrays.items()}
+        words = {name: getattr(self, name) for name in WORDS}
+        return LayerStats(arrays, **{name: rows[rows[:, 0] == domain] * [0, 1, 1, 1] for name, rows in words.items()})
+
+    def save(self, file: Path) -> None:
+        """Write one safetensors file."""
+        words = {name: getattr(self, name).astype(np.int32) for name in WORDS}
+        write_arrays(file, self.arrays | words)
+
+    @classmethod
+    def load(cls, file: Path) -> LayerStats:
+        """Read what `save` wrote, memory-mapped."""
+        arrays = read_arrays(file)
+        return cls(arrays, arrays.pop("vocabulary"), arrays.pop("following"))
 
 
 def _renumbered(vocabulary: np.ndarray, domains: np.ndarray) -> np.ndarray:
-    out = vocabulary.copy()
+    out = vocabulary.astype(np.int64)
     out[:, 0] = domains[out[:, 0]]
     return out
 
@@ -151,6 +174,16 @@ class Stats:
         """Real tokens seen in the named domains."""
         return int(self.tokens[self.domain_numbers(domain)].sum())
 
+    def select(self, domain: str) -> Stats:
+        """One domain alone.
+
+        Raises:
+            DataError: unknown domain.
+        """
+        number = self.domain_numbers(domain)
+        layers = {index: layer.select(number[0]) for index, layer in self.layers.items()}
+        return Stats(self.layout_hash, (domain,), self.tokens[number], self.sequences[number], layers, self.manifest)
+
     def __add__(self, other: Stats) -> Stats:
         if self.layout_hash != other.layout_hash or self.layers.keys() != other.layers.keys():
             raise PlanError(
@@ -181,10 +214,7 @@ class Stats:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for index, layer in self.layers.items():
-            arrays = {name: np.ascontiguousarray(x) for name, x in layer.arrays.items()}
-            save_file(
-                arrays | {"vocabulary": np.ascontiguousarray(layer.vocabulary)}, part / f"layer-{index:04d}.safetensors"
-            )
+            layer.save(part / layer_file(index))
         head = {
             "schema": SCHEMA,
             "layout_hash": self.layout_hash,
@@ -217,10 +247,7 @@ class Stats:
                     got=head["schema"],
                     fix="measure again",
                 )
-            layers = {}
-            for index in head["layers"]:
-                arrays = load_file(path / f"layer-{index:04d}.safetensors")
-                layers[index] = LayerStats(arrays, arrays.pop("vocabulary"))
+            layers = {index: LayerStats.load(path / layer_file(index)) for index in head["layers"]}
         except FileNotFoundError as error:
             raise DataError(
                 "these are no statistics", where=error.filename, expected="a folder written by moekit"
@@ -231,6 +258,11 @@ class Stats:
             ) from None
         counts = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
         return cls(head["layout_hash"], tuple(head["domains"]), *counts, layers, head["manifest"])
+
+
+def layer_file(index: int) -> str:
+    """The name of a layer's file."""
+    return f"layer-{index:04d}.safetensors"
 
 
 def _parts(manifest: Mapping) -> list:

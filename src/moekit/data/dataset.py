@@ -69,6 +69,18 @@ class Batch:
         """Real tokens, without padding."""
         return int(self.mask.sum())
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """The place of each real token in its row, from 0; int64 [rows, positions]."""
+        return self.mask.cumsum(1) - 1
+
+    @property
+    def following(self) -> torch.Tensor:
+        """The token that comes next in the row, -1 where there is none; int64 [rows, positions]."""
+        following = torch.full_like(self.ids, -1)
+        following[:, :-1] = self.ids[:, 1:].masked_fill(~self.mask[:, 1:], -1)
+        return following
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
