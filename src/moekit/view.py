@@ -5,6 +5,8 @@ with view.watch(observer):      # see routing and, if wanted, every expert's out
     model(input_ids)
 with view.ban({3: [0, 7]}):     # the router never chooses these; the family's code refills their slots
     model.generate(...)
+with view.scale({3: {7: 0.0}}):     # their slots stay empty: what the experts add, and nothing else, is gone
+    model(input_ids)
 """
 
 from __future__ import annotations
@@ -101,7 +103,30 @@ class MoEView:
                 stack.enter_context(self._tapped(layer))
             yield
 
-    def _check_ban(self, index: int, experts: Collection[int]) -> MoELayer:
+    @contextmanager
+    def scale(self, factors: Mapping[int, Mapping[int, float]], *, renormalise: bool = False) -> Iterator[None]:
+        """Multiply the weights of chosen experts; the choice stays, and a slot with factor 0 is not filled again.
+
+        An observer sees the router's own weights where `watch` is entered before, and the scaled ones where after.
+
+        Args:
+            factors: by decoder layer index, the factor of each expert that has one.
+            renormalise: the weights of a token's chosen experts keep their sum (where any is left).
+
+        Raises:
+            PlanError: a layer or expert that does not exist.
+        """
+        with ExitStack() as stack:
+            for index, by_expert in factors.items():
+                if not by_expert:
+                    continue
+                layer = self._check_experts(index, by_expert)
+                factors_E = torch.ones(layer.num_experts)
+                factors_E[list(by_expert)] = torch.tensor(list(by_expert.values()), dtype=torch.float32)
+                stack.enter_context(self.family.scale_experts(self, layer, factors_E, renormalise))
+            yield
+
+    def _check_experts(self, index: int, experts: Collection[int]) -> MoELayer:
         layer = self.layout.by_index.get(index)
         if layer is None or layer.mtp:
             raise PlanError(
@@ -112,6 +137,10 @@ class MoEView:
             raise PlanError(
                 f"layer {index} has no such expert", expected=f"0 to {layer.num_experts - 1}", got=sorted(experts)
             )
+        return layer
+
+    def _check_ban(self, index: int, experts: Collection[int]) -> MoELayer:
+        layer = self._check_experts(index, experts)
         size = layer.num_experts // layer.router.groups
         left = Counter(e // size for e in range(layer.num_experts) if e not in experts)
         usable = sorted(left[group] for group in range(layer.router.groups))[: layer.router.groups_kept]

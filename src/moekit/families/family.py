@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from moekit.families.seam import IMPLEMENTATION, Call, Observer
+from moekit.families.seam import IMPLEMENTATION, Call, Observer, rescaled
 from moekit.families.stock import is_experts
 from moekit.layout import MoELayer
 
@@ -110,6 +110,21 @@ class Family:
             vars(experts).pop("_moekit_watch", None)
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def scale_experts(self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool) -> Iterator[None]:
+        """Multiply the weights that one layer's experts are given by a float32 factor for each expert."""
+
+        def before(_module: nn.Module, args: tuple) -> tuple:
+            hidden, ids, weights = args[:3]
+            factors_TK = torch.cat([factors_E, factors_E.new_ones(1)]).to(ids.device)[ids.long()]  # id E: empty slot
+            return (hidden, ids, rescaled(weights, factors_TK, renormalise), *args[3:])
+
+        handle = view.experts(layer.index).register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 _EXCEPTIONS: dict[str, str] = {

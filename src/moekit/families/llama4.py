@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moekit.families.family import Family, View
-from moekit.families.seam import Call, ExpertRows, Observer
+from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
 
 if TYPE_CHECKING:
@@ -66,3 +66,17 @@ class Llama4(Family):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def scale_experts(self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool) -> Iterator[None]:
+        """Scale the router's scores, which the block multiplies the experts' input with."""
+
+        def routed(_module: nn.Module, _args: tuple, outputs: tuple) -> tuple:
+            scores_TE, *rest = outputs
+            return (rescaled(scores_TE, factors_E.to(scores_TE.device), renormalise), *rest)
+
+        handle = view.router(layer.index).register_forward_hook(routed)
+        try:
+            yield
+        finally:
+            handle.remove()

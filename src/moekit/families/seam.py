@@ -185,4 +185,19 @@ def reroute(table_VK: torch.Tensor, banned_E: torch.Tensor) -> torch.Tensor:
     return out_VK.to(table_VK.dtype)
 
 
+def rescaled(weights_TK: torch.Tensor, factors_TK: torch.Tensor, renormalise: bool) -> torch.Tensor:
+    """A token's weights times factors; with `renormalise` they keep their sum, where any weight is left.
+
+    Args:
+        weights_TK: of the chosen experts; any dtype, which the result has too.
+        factors_TK: float32.
+        renormalise: divide by the new sum, multiply by the old one.
+    """
+    scaled = weights_TK.float() * factors_TK
+    if renormalise:
+        total = scaled.sum(-1, keepdim=True)
+        scaled *= torch.where(total == 0, 1.0, weights_TK.float().sum(-1, keepdim=True) / total)
+    return scaled.to(weights_TK.dtype)
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts)
