@@ -15,11 +15,13 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,7 +43,9 @@ from moekit.checkpoint.reader import DTYPES, INDEX, SINGLE
 from moekit.errors import CheckpointError, OutputError
 from moekit.progress import Progress, silent
 
-BLOCK_BYTES, BUFFER_BYTES = 1 << 26, 1 << 23  # one copy inside the kernel; one copy through our own memory
+BLOCK_BYTES = 1 << 24  # copied inside the kernel at a time
+BUFFER_BYTES = 1 << 23  # copied through our own memory at a time
+AHEAD_BYTES = 1 << 25  # read before its turn comes; written before it is sent to the disk
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -247,17 +251,82 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 
 def _write_shard(file: Path, shard: Shard, advance: Callable[[int], None]) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb", buffering=0) as target:
+    with _Inputs(shard.tensors) as inputs, temporary.open("wb", buffering=0) as target:
         position = _write_bytes(target.fileno(), 0, memoryview(shard.header), advance)
         for tensor in shard.tensors:
             if isinstance(tensor.source, Make):
                 data = _as_bytes(tensor, tensor.source.fn())
                 position = _write_bytes(target.fileno(), position, data, advance)
             else:
-                position = _copy(target.fileno(), position, tensor.name, tensor.source, advance)
+                for block in _blocks(tensor):
+                    inputs.copy(block, target.fileno(), position)
+                    position += block.bytes
+                    advance(block.bytes)
         os.fsync(target.fileno())
     temporary.rename(file)
     sync(file.parent)
+
+
+class _Block(NamedTuple):
+    """A run of bytes of an input file, short enough to report progress after it."""
+
+    tensor: str
+    file: Path
+    start: int
+    bytes: int
+
+
+def _blocks(tensor: OutTensor) -> Iterator[_Block]:
+    if isinstance(tensor.source, Copy):
+        for start, end in tensor.source.spans:
+            for at in range(start, end, BLOCK_BYTES):
+                yield _Block(tensor.name, tensor.source.file, at, min(BLOCK_BYTES, end - at))
+
+
+class _Inputs:
+    """The input files of one shard.
+
+    The kernel guesses what is read next from what was read last, which fails at every expert that is skipped; so it is
+    told. It is told too that what was written is not needed soon, for then it goes to the disk at once and the wait at
+    the shard's end is short.
+    """
+
+    def __init__(self, tensors: Sequence[OutTensor]):
+        self._ahead = (block for tensor in tensors for block in _blocks(tensor))
+        self._ahead_bytes = self._sent = 0
+        self._open: dict[Path, int] = {}
+
+    def copy(self, block: _Block, target: int, position: int) -> None:
+        while self._ahead_bytes < AHEAD_BYTES and (coming := next(self._ahead, None)):
+            self._ahead_bytes += coming.bytes
+            _advise(self._handle(coming.file), coming.start, coming.bytes, "WILLNEED")
+        self._ahead_bytes -= block.bytes
+        done = 0
+        while done < block.bytes:
+            source = self._handle(block.file)
+            count = copy_block(source, block.start + done, target, position + done, block.bytes - done)
+            if count == 0:
+                raise CheckpointError(
+                    "checkpoint file ended early",
+                    where=f"{block.file}: {block.tensor}",
+                    fix="the file changed while it was read",
+                )
+            done += count
+        if position + done - self._sent >= AHEAD_BYTES:
+            _advise(target, self._sent, position + done - self._sent, "DONTNEED")
+            self._sent = position + done
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        return self._open[file]
+
+    def __enter__(self) -> _Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 def _as_bytes(expected: OutTensor, made: torch.Tensor) -> memoryview:
@@ -276,22 +345,6 @@ def _write_bytes(target: int, position: int, data: memoryview, advance: Callable
     return position
 
 
-def _copy(target: int, position: int, name: str, source: Copy, advance: Callable[[int], None]) -> int:
-    with source.file.open("rb", buffering=0) as stream:
-        for start, end in source.spans:
-            while start < end:
-                count = copy_block(stream.fileno(), start, target, position, min(BLOCK_BYTES, end - start))
-                if count == 0:
-                    raise CheckpointError(
-                        "checkpoint file ended early",
-                        where=f"{source.file}: {name}",
-                        fix="the file changed while it was read",
-                    )
-                start, position = start + count, position + count
-                advance(count)
-    return position
-
-
 def copy_block(source: int, start: int, target: int, position: int, count: int) -> int:
     """Copy up to `count` bytes from one open file to another, inside the kernel where it can.
 
@@ -307,6 +360,12 @@ def copy_block(source: int, start: int, target: int, position: int, count: int) 
         if error.errno not in NO_KERNEL_COPY:
             raise
     return os.pwrite(target, os.pread(source, min(count, BUFFER_BYTES), start), position)
+
+
+def _advise(handle: int, start: int, count: int, advice: str) -> None:
+    """Tell the kernel what comes next, where it listens."""
+    with suppress(AttributeError, OSError):
+        os.posix_fadvise(handle, start, count, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def _write_small_files(folder: Path, shards: list[Shard], config: dict, sides: list[tuple[Path, Path]]) -> None:
