@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from moekit.data import Batch, Dataset
 from moekit.errors import ModelError
 from moekit.families.model import Model
 from moekit.families.seam import ExpertRows
-from moekit.layout import MoELayer
+from moekit.layout import Layout, MoELayer
 from moekit.progress import Progress, silent
 from moekit.stats import ALWAYS, FIELDS, GROUPS, POSITION_BUCKETS, WORDS, LayerStats, Stats, position_bucket
 from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
@@ -56,6 +56,7 @@ class Gatherer(Observer):
         self.words: dict[int, dict[str, Tally]] = {}
         self.empty_slots: dict[int, int] = {layer.index: 0 for layer in layers}
         self.margin: torch.Tensor | None = None
+        self._announced: dict[int, torch.Tensor] = {}
         sizes = {"P": POSITION_BUCKETS}
         for i, layer in enumerate(layers):
             sizes |= {"D": layer.width, "E": layer.num_experts, "F": layers[i - 1].num_experts if i else 0}
@@ -77,6 +78,9 @@ class Gatherer(Observer):
         tokens = batch.ids.numel()
         if call.ids.shape != (tokens, call.layer.top_k) or call.hidden.shape[0] != tokens:
             raise _mismatch(call.layer, f"{list(call.ids.shape)} choices for {tokens} tokens, top {call.layer.top_k}")
+        announced = self._announced.pop(call.layer.index, None)
+        if announced is not None and not torch.equal(announced.reshape(call.ids.shape), call.ids):
+            raise _mismatch(call.layer, "the experts were given other ids than the router returned")
         self._real = batch.mask.reshape(-1)
         self._all_real = bool(self._real.all())
         if self.wants_outputs:
@@ -128,6 +132,24 @@ class Gatherer(Observer):
             self._routing(layer, number, batch, sums, logits, ids)
         if "vocabulary" in self.groups:
             self._vocabulary(layer, batch, ids)
+
+    @contextlib.contextmanager
+    def compared(self, view: MoEView, layers: Sequence[int]) -> Iterator[None]:
+        """Refuse calls whose experts are not those that the layer's router has just chosen; enter this before `watch`."""
+
+        def note(index: int, outputs: tuple) -> None:
+            self._announced[index] = view.family.routing(outputs)[1]
+
+        handles = [
+            view.router(index).register_forward_hook(lambda _module, _args, outputs, i=index: note(i, outputs))
+            for index in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._announced.clear()
 
     def _check_logits(self, layer: MoELayer, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """Refuse a trace in which the router's logits do not explain its choice (where nothing else decides)."""
@@ -244,34 +266,21 @@ def measure(
     layout = model.layout
     layers = layout.routed
     loader = model.loader(dtype, device)
-    view = MoEView(loader.model, layout)
     gatherer = Gatherer(layers, len(data.domains), groups)
-    manifest = _manifest(model, data, groups, loader.dtype)
+    manifest = manifest_of(model, data.describe(), groups, loader.dtype)
     identity = json.dumps(manifest, sort_keys=True)
     work = None if workdir is None else Path(workdir)
     store = None if work is None else Checkpoints(work, identity, {"previous": gatherer.previous}, checkpoint_s)
     done: dict[int, LayerStats] = {}
     tokens = sum(data.tokens.values())
 
-    @contextlib.contextmanager
-    def around(index: int, number: int) -> Iterator[None]:
-        if index not in layout.by_index:
-            yield
-            return
-        gatherer.batch = (number, data.batches[number])
-        with view.watch(gatherer, layers=[index]):
-            yield
-
     def after_layer(index: int) -> None:
-        if index in layout.by_index:
-            done[index] = gatherer.take(index, tokens)
-            if work is not None:
-                _keep(work, identity, index, done[index])
+        done[index] = gatherer.take(index, tokens)
+        if work is not None:
+            _keep(work, identity, index, done[index])
 
     stream = Stream(loader, spill_bytes=spill_bytes, checkpoints=store, progress=progress)
-    for _ in stream.run(
-        [x.ids for x in data.batches], around=around, after_layer=after_layer, last_layer=layers[-1].index
-    ):
+    for _ in gather(stream, layout, data.batches, gatherer, after_layer):
         pass
     for layer in layers:
         if layer.index not in done:
@@ -285,12 +294,56 @@ def measure(
     return Stats(layout.hash, tuple(data.domains), counts, sequences, dict(sorted(done.items())), manifest)
 
 
-def _manifest(model: Model, data: Dataset, groups: Sequence[str], dtype: torch.dtype) -> dict:
+def gather(
+    stream: Stream,
+    layout: Layout,
+    batches: Sequence[Batch],
+    gatherer: Gatherer,
+    after_layer: Callable[[int], None],
+    logits: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Show every MoE layer's work on every batch to `gatherer`, layer by layer.
+
+    Args:
+        stream: of the model.
+        layout: of the model.
+        batches: what runs through it.
+        gatherer: watches.
+        after_layer: called when all batches have passed an MoE layer.
+        logits: run on to the model's head; else stop after the last MoE layer.
+
+    Yields:
+        With `logits`, those of each batch [B, T, vocabulary].
+
+    Raises:
+        ModelError: routing and experts do not agree.
+    """
+    view = MoEView(stream.model, layout)
+
+    @contextlib.contextmanager
+    def around(index: int, number: int) -> Iterator[None]:
+        if index not in layout.by_index:
+            yield
+            return
+        gatherer.batch = (number, batches[number])
+        with gatherer.compared(view, [index] if number == 0 else []), view.watch(gatherer, layers=[index]):
+            yield
+
+    yield from stream.run(
+        [x.ids for x in batches],
+        around=around,
+        after_layer=lambda index: after_layer(index) if index in layout.by_index else None,
+        last_layer=None if logits else layout.routed[-1].index,
+    )
+
+
+def manifest_of(model: Model, data: dict, groups: Sequence[str], dtype: torch.dtype) -> dict:
+    """Where statistics come from, as plain data; `data` is what `Dataset.describe` says."""
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "layout": model.layout.to_dict(),
-        "data": data.describe(),
+        "data": data,
         "groups": sorted(groups),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": versions(),
