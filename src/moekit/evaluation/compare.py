@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moekit.apply.live import live
 from moekit.data import Batch, Dataset
 from moekit.errors import DataError
 from moekit.evaluation.intervals import Interval, ratio_interval
@@ -163,10 +164,9 @@ def logits_of(
 ) -> Iterator[torch.Tensor]:
     """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
     model, plan = subject.model, subject.plan
-    if plan is not None:
-        plan.check(model.layout)
     loader = model.loader(dtype, device)
-    with MoEView(loader.model, model.layout).ban(plan.dropped_live(model.layout) if plan else {}):
+    changed = live(MoEView(loader.model, model.layout), plan) if plan else contextlib.nullcontext()
+    with changed:
         yield from Stream(loader, progress=progress).run([x.ids for x in batches])
 
 
