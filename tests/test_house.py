@@ -184,7 +184,7 @@ def test_every_room_has_a_floor():
         ("layout.py", "from . import plans", "layout (floor 2) imports moekit.plans (floor 3)"),
         ("layout.py", "def f():\n    import moekit.cli", "layout (floor 2) imports moekit.cli (floor 9)"),
         ("layout.py", "from moekit import open", "layout (floor 2) imports moekit (floor 8)"),
-        ("plan.py", "from moekit.stats import Stats", "plan (floor 3) imports moekit.stats (floor 3)"),
+        ("plans.py", "from moekit.stats import Stats", "plans (floor 3) imports moekit.stats (floor 3)"),
         ("apply/bake.py", "from ..pipeline import run", "apply (floor 6) imports moekit.pipeline (floor 8)"),
         ("stats.py", "import importlib\nimportlib.import_module('moekit.view')", "imports moekit.view (floor 5)"),
         ("methods/prune/reap.py", "from moekit.methods.prune.ean import EAN", "a method imports another"),
@@ -192,7 +192,7 @@ def test_every_room_has_a_floor():
         ("methods/prune/reap.py", "from moekit.methods.merge import msmoe", "a method imports another"),
         ("attic.py", "from moekit import errors", "no floor for ['attic']"),
         ("errors.py", "from moekit import __version__", None),
-        ("plan.py", "from moekit.layout import Layout\nimport torch", None),
+        ("plans.py", "from moekit.layout import Layout\nimport torch", None),
         ("apply/bake.py", "from .live import live\nfrom moekit.checkpoint.reader import Checkpoint", None),
         ("cli/demo.py", "import moekit", None),
         ("__init__.py", "def open():\n    from moekit.cli import main", None),
@@ -202,7 +202,7 @@ def test_every_room_has_a_floor():
     ],
 )
 def test_floors_are_told_apart(tmp_path, path, line, complaint):
-    for name in ("plan.py", "errors.py", "methods/common.py", "methods/prune/ean.py", "methods/prune/reap.py", path):
+    for name in ("plans.py", "errors.py", "methods/common.py", "methods/prune/ean.py", "methods/prune/reap.py", path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / path).write_text(line)
