@@ -10,6 +10,10 @@ runs at a time.
 Hidden states that pass `spill_bytes` wait on disk. A checkpoint after a layer holds every batch's output; on resume
 each thread walks again with all earlier stubs answering that output, which is exact where a layer's arguments depend
 on the last output only. That is checked on the first batch before any checkpoint is written.
+
+A fork is a second run of a batch that differs from some layer on (an expert is switched off there). Until then it is a
+thread that is handed its batch's outputs, which costs nothing; so many changes are tried in one pass, each costing only
+the layers behind it.
 """
 
 from __future__ import annotations
@@ -108,6 +112,21 @@ class _Walk(threading.Thread):
 
 
 @dataclass
+class Fork:
+    """A second run of a batch: its layers give what the batch's give until it leaves, from then on it runs by itself.
+
+    Attributes:
+        batch: number of the batch.
+        leaves: asked as leaves(layer) when the batch has passed that layer; the fork runs it anew if this is true.
+        left: whether it has left; the logits of one that never does are its batch's, and are not given again.
+    """
+
+    batch: int
+    leaves: Callable[[int], bool]
+    left: bool = False
+
+
+@dataclass
 class Checkpoints:
     """Where a run leaves what it needs to go on after a kill.
 
@@ -180,7 +199,9 @@ class Stream:
         self,
         batches: Sequence[torch.Tensor],
         *,
+        forks: Sequence[Fork] = (),
         around: Callable[[int, int], contextlib.AbstractContextManager] | None = None,
+        passed: Callable[[int, int, object], None] | None = None,
         after_layer: Callable[[int], None] | None = None,
         last_layer: int | None = None,
     ) -> Iterator[torch.Tensor]:
@@ -188,36 +209,43 @@ class Stream:
 
         Args:
             batches: token ids [B, T], any shapes.
-            around: called as around(layer, batch); the context holds while that layer runs on that batch.
+            forks: further runs of some of them; not together with checkpoints. Runs are numbered batches first.
+            around: called as around(layer, run); the context holds while that layer runs on that run's hidden states.
+            passed: called as passed(layer, run, output) with what a layer gave.
             after_layer: called when all batches have passed a layer (save what was gathered for it there).
             last_layer: stop after this layer; no logits then.
 
         Yields:
-            Logits [B, T, vocabulary] of each batch, in order; nothing with `last_layer`.
+            Logits [B, T, vocabulary] of each batch, then of each fork that has left, in order; nothing with
+            `last_layer`.
 
         Raises:
             ModelError: the model does not run its decoder layers one after the other.
             CheckpointError: weights cannot be read.
         """
+        if forks and self._checkpoints:
+            raise ValueError("forks cannot be resumed")
         stock = [layer.forward for layer in self.loader.layers]
         end = len(stock) if last_layer is None else last_layer + 1
         outer = self.loader.read(OUTER)
         self.loader.attach(OUTER, outer)
-        walks = [_Walk(self.model, {"input_ids": ids.to(self.loader.device)}, self._current) for ids in batches]
+        inputs = [*batches, *(batches[fork.batch] for fork in forks)]
+        walks = [_Walk(self.model, {"input_ids": ids.to(self.loader.device)}, self._current) for ids in inputs]
         try:
             for index, layer in enumerate(self.loader.layers):
                 layer.forward = self._stub(index)
             with _Spill(self._spill_bytes) as spill:
                 start = self._begin(walks, spill)
-                self._layers(walks, stock, spill, start, end, last_layer is None, around, after_layer)
-            if last_layer is None:
-                for number, walk in enumerate(walks):
-                    out, walk.output = walk.output, None
-                    if out is None:
-                        raise ModelError("the model runs its layers more than once", where=type(self.model).__name__)
-                    yield out.logits
-                    del out
-                    self._progress("head", number + 1, len(walks))
+                self._layers(walks, forks, stock, spill, start, end, around, passed, after_layer)
+                if last_layer is None:
+                    ended = [
+                        *walks[: len(batches)],
+                        *(x for x, y in zip(walks[len(batches) :], forks, strict=True) if y.left),
+                    ]
+                    for number, walk in enumerate(ended):
+                        spill.back(walk)
+                        yield self._logits(walk)
+                        self._progress("head", number + 1, len(ended))
         finally:
             for walk in walks:
                 walk.stop()
@@ -247,15 +275,39 @@ class Stream:
     def _layers(
         self,
         walks: list[_Walk],
+        forks: Sequence[Fork],
         stock: list[Callable],
         spill: _Spill,
         start: int,
         end: int,
-        finish: bool,
         around: Callable[[int, int], contextlib.AbstractContextManager] | None,
+        passed: Callable[[int, int, object], None] | None,
         after_layer: Callable[[int], None] | None,
     ) -> None:
-        store, saved_at = self._checkpoints, time.monotonic()
+        """Take every run through the layers start .. end - 1; it then waits behind the last."""
+        store, saved_at, steps = self._checkpoints, time.monotonic(), 0
+        batches = len(walks) - len(forks)
+        followers = [[x for x, fork in enumerate(forks, batches) if fork.batch == i] for i in range(batches)]
+
+        def step(index: int, number: int) -> object:
+            arrival = walks[number].arrival
+            if arrival is None or arrival.layer != index:
+                raise ModelError("the model does not run its layers in order", where=type(self.model).__name__)
+            with torch.inference_mode(), around(index, number) if around else contextlib.nullcontext():
+                output = stock[index](*arrival.args, **arrival.kwargs)
+            if passed is not None:
+                passed(index, number, output)
+            return output
+
+        def go_on(index: int, number: int, output: object) -> None:
+            nonlocal steps
+            if index + 1 < end:
+                walks[number].proceed(output)
+            else:
+                walks[number].arrival = _Arrival(end, (output,), {})
+            steps += 1
+            self._progress("layers", start * len(walks) + steps, end * len(walks))
+
         with ThreadPoolExecutor(1, "moekit-read") as reader:
             reading: Future = reader.submit(self.loader.read, start)
             for index in range(start, end):
@@ -263,26 +315,23 @@ class Stream:
                 if index + 1 < end:
                     reading = reader.submit(self.loader.read, index + 1)
                 self.loader.attach(index, tensors)
-                last = index + 1 == end
-                saving = store is not None and not last and time.monotonic() - saved_at >= store.every_s
-                for number, walk in enumerate(walks):
-                    spill.back(walk)
-                    arrival = walk.arrival
-                    if arrival is None or arrival.layer != index:
-                        raise ModelError("the model does not run its layers in order", where=type(self.model).__name__)
-                    with torch.inference_mode(), around(index, number) if around else contextlib.nullcontext():
-                        output = stock[index](*arrival.args, **arrival.kwargs)
-                    del arrival
+                saving = store is not None and index + 1 < end and time.monotonic() - saved_at >= store.every_s
+                for number in range(batches):
+                    spill.back(walks[number])
+                    output = step(index, number)
                     if saving:
                         store.save_batch(number, output)
-                    if last and not finish:
-                        walk.stop()
-                    else:
-                        walk.proceed(output)
-                        saving = saving and (number > 0 or self._replays(walk, output))
-                        spill.away(walk)
+                    for follower in followers[number]:
+                        fork = forks[follower - batches]
+                        spill.back(walks[follower])
+                        fork.left = fork.left or fork.leaves(index)
+                        go_on(index, follower, step(index, follower) if fork.left else output)
+                        if fork.left:  # before, its hidden states are the batch's
+                            spill.away(walks[follower])
+                    go_on(index, number, output)
+                    saving = saving and (number > 0 or self._replays(walks[number], output))
                     del output
-                    self._progress("layers", index * len(walks) + number + 1, end * len(walks))
+                    spill.away(walks[number])
                 self.loader.detach(index, tensors)
                 del tensors
                 if after_layer is not None:
@@ -290,6 +339,14 @@ class Stream:
                 if saving:
                     store.commit(index + 1)
                     saved_at = time.monotonic()
+
+    def _logits(self, walk: _Walk) -> torch.Tensor:
+        """Let a run that has passed all layers end."""
+        walk.proceed(walk.arrival.args[0])
+        out, walk.output = walk.output, None
+        if out is None:
+            raise ModelError("the model runs its layers more than once", where=type(self.model).__name__)
+        return out.logits
 
     def _replays(self, walk: _Walk, output: object) -> bool:
         """Would a new walk, every stub answering `output`, arrive where this one stands? Else resuming is not exact."""
