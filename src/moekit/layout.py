@@ -164,6 +164,7 @@ class Layout:
         active_params: parameters that take part in one token.
         expert_count_keys: dotted config keys that state the number of experts (all are rewritten together).
         tied_embeddings: input embedding and output head are one tensor.
+        cannot_run: why moekit cannot run this model; "" when it can.
         cannot_drop: why experts cannot be removed from this model; "" when they can.
     """
 
@@ -180,6 +181,7 @@ class Layout:
     active_params: int
     expert_count_keys: tuple[str, ...]
     tied_embeddings: bool = False
+    cannot_run: str = ""
     cannot_drop: str = ""
 
     @cached_property

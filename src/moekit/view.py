@@ -43,12 +43,13 @@ class MoEView:
         layout: its layout.
 
     Raises:
-        ModelError: the model has not the modules that the layout names.
+        ModelError: the model has not the modules that the layout names, or its family cannot be run.
     """
 
     def __init__(self, model: nn.Module, layout: Layout):
         self.model, self.layout = model, layout
         self.family = family_of(layout.text_family)
+        self.family.check_runs()
         self._states: dict[int, _State] = {layer.index: _State() for layer in layout.routed}
         self._bans: dict[int, list[torch.Tensor]] = {}
         for layer in layout.routed:

@@ -51,21 +51,15 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     """Read a checkpoint's structure.
 
     Raises:
-        ModelError: dense, unsupported family, unknown type, remote code, or a refused quantisation.
+        ModelError: dense, unknown family or type, remote code, or a refused quantisation.
         CheckpointError: parameters that the stock model needs are not on disk.
     """
     config = load_config(checkpoint.path, checkpoint.config, trust_remote_code)
     method = quantisation(config)
     family = family_of(config.get_text_config().model_type)
-    if family.unsupported:
-        raise ModelError(
-            f"the family {config.model_type!r} is not supported",
-            where=checkpoint.path,
-            got=family.unsupported,
-            fix="see docs/families.md",
-        )
     model = build(config, trust_remote_code=trust_remote_code)
-    experts = find_experts(model, family.is_experts)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    experts = [x for x in find_experts(model, family.is_experts) if f"{x.path}.down_proj" not in tied]
     if not experts:
         raise _no_experts(checkpoint, config)
     if len({x.layers_path for x in experts}) > 1:
@@ -100,7 +94,8 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         active_params=active_params(parts, layers),
         expert_count_keys=keys,
         tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
-        cannot_drop=family.cannot_drop,
+        cannot_run=family.cannot_run,
+        cannot_drop=family.cannot_drop or family.cannot_run,
     )
     _check_complete(checkpoint, model, placed)
     return Understanding(config, model, family, experts, placed, unused, layout)

@@ -6,8 +6,6 @@ from moekit.families.family import Family
 
 
 class DiffusionGemma(Family):
-    """Two stacks of layers with tied weights: an encoder of the prompt, a decoder that refines a canvas of tokens."""
+    """Two stacks of layers with tied weights, the prompt's encoder and the decoder; the layout has the decoder's."""
 
-    unsupported = (
-        "a block-diffusion model: an encoder and a decoder with tied experts and a random canvas, no next-token logits"
-    )
+    cannot_run = "a block-diffusion model: it refines a random canvas of tokens and has no next-token logits"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from moekit.errors import ModelError
 from moekit.families.seam import IMPLEMENTATION, Call, Observer, rescaled
 from moekit.families.stock import is_experts
 from moekit.layout import MoELayer
@@ -43,16 +44,25 @@ class Family:
     """The general family: experts by contract, a router that returns logits, weights and ids in some order.
 
     Attributes:
-        unsupported: why the family cannot be used at all ("" when it can).
+        cannot_run: why moekit cannot run the family's models, only inspect and copy them ("" when it can).
         cannot_drop: why its experts cannot be removed, though all else works ("" when they can).
     """
 
-    unsupported = ""
+    cannot_run = ""
     cannot_drop = ""
 
     def is_experts(self, module: nn.Module) -> bool:
         """Whether `module` holds stacked routed experts."""
         return is_experts(module)
+
+    def check_runs(self) -> None:
+        """ModelError when moekit cannot run the family's models."""
+        if self.cannot_run:
+            raise ModelError(
+                "moekit can inspect this model, not run it",
+                got=self.cannot_run,
+                fix="see docs/families.md for what moekit can do with each family",
+            )
 
     def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.

@@ -46,6 +46,7 @@ class Loader:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ):
+        understanding.family.check_runs()
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.dtype = dtype or dtype_of(understanding.layout)
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
