@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -62,7 +63,7 @@ class _Walk(threading.Thread):
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
         self.arrival: _Arrival | None = None
-        self.output: object = None
+        self.output: Any = None
         self.resident_bytes = 0
 
     def run(self) -> None:
@@ -315,12 +316,13 @@ class Stream:
                 if index + 1 < end:
                     reading = reader.submit(self.loader.read, index + 1)
                 self.loader.attach(index, tensors)
-                saving = store is not None and index + 1 < end and time.monotonic() - saved_at >= store.every_s
+                due = store is not None and index + 1 < end and time.monotonic() - saved_at >= store.every_s
+                saving = store if due else None
                 for number in range(batches):
                     spill.back(walks[number])
                     output = step(index, number)
                     if saving:
-                        store.save_batch(number, output)
+                        saving.save_batch(number, output)
                     for follower in followers[number]:
                         fork = forks[follower - batches]
                         spill.back(walks[follower])
@@ -329,7 +331,8 @@ class Stream:
                         if fork.left:  # before, its hidden states are the batch's
                             spill.away(walks[follower])
                     go_on(index, number, output)
-                    saving = saving and (number > 0 or self._replays(walks[number], output))
+                    if saving and number == 0 and not self._replays(walks[0], output):
+                        saving = None
                     del output
                     spill.away(walks[number])
                 self.loader.detach(index, tensors)
@@ -337,11 +340,12 @@ class Stream:
                 if after_layer is not None:
                     after_layer(index)
                 if saving:
-                    store.commit(index + 1)
+                    saving.commit(index + 1)
                     saved_at = time.monotonic()
 
     def _logits(self, walk: _Walk) -> torch.Tensor:
         """Let a run that has passed all layers end."""
+        assert walk.arrival is not None
         walk.proceed(walk.arrival.args[0])
         out, walk.output = walk.output, None
         if out is None:
@@ -352,9 +356,12 @@ class Stream:
         """Would a new walk, every stub answering `output`, arrive where this one stands? Else resuming is not exact."""
         again = _Walk(self.model, walk.inputs, self._current)
         try:
-            again.advance(walk.arrival.layer, output)
-            ours, theirs = ((x.arrival.args, x.arrival.kwargs) for x in (walk, again))
-            a, b = pytree.tree_leaves(ours), pytree.tree_leaves(theirs)
+            ours = walk.arrival
+            assert ours is not None
+            again.advance(ours.layer, output)
+            theirs = again.arrival
+            assert theirs is not None
+            a, b = (pytree.tree_leaves((x.args, x.kwargs)) for x in (ours, theirs))
             return len(a) == len(b) and all(
                 torch.equal(x, y) if isinstance(x, torch.Tensor) else not isinstance(x, int | float) or x == y
                 for x, y in zip(a, b, strict=True)
