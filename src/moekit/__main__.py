@@ -1,5 +1,7 @@
 """`python -m moekit` is `moekit`."""
 
+import sys
+
 from moekit.cli import main
 
-main()
+sys.exit(main())

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moekit.checkpoint.reader import INDEX, SINGLE, Checkpoint, TensorInfo, check_index, check_shard_name, parse_header
-from moekit.errors import ModelError
+from moekit.checkpoint.reader import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorInfo,
+    check_index,
+    parse_header,
+    parse_index,
+    read_config,
+)
+from moekit.errors import CheckpointError, ModelError, UserError
+
+FETCH_BYTES = 1 << 17  # of one range request: about what the header of a shard takes
+CONNECTIONS = 8
 
 
 def is_hub_id(name: str) -> bool:
@@ -36,36 +48,43 @@ def remote_checkpoint(repo_id: str) -> Checkpoint:
 
     Raises:
         ModelError: no such model, no access, no network, or no safetensors.
-        CheckpointError: headers that contradict the index.
+        CheckpointError: headers that are damaged or contradict the index.
     """
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     try:
-        config_file = Path(hf_hub_download(repo_id, "config.json"))
-        config = json.loads(config_file.read_text())
+        folder = Path(hf_hub_download(repo_id, "config.json")).parent
+        config = read_config(folder)
         files = HfFileSystem()
-        listing = {Path(x["name"]).name: x["size"] for x in files.ls(repo_id)}
-        if INDEX in listing:
-            weight_map = json.loads(files.read_text(f"{repo_id}/{INDEX}"))["weight_map"]
-        elif SINGLE in listing:
+        sizes = {x["name"].removeprefix(f"{repo_id}/"): x["size"] for x in files.ls(repo_id)}
+        index = f"{repo_id}/{INDEX}"
+        if SINGLE in sizes:  # before an index, as stock transformers chooses
             weight_map = None
+        elif INDEX in sizes:
+            weight_map = parse_index(files.read_text(index, encoding="utf-8"), index)
         else:
             raise ModelError(
                 "this hub model has no safetensors weights", where=repo_id, fix="look for a converted copy"
             )
+
+        def header(shard: str) -> dict[str, TensorInfo]:
+            if "/" not in shard and shard not in sizes:
+                raise CheckpointError("a shard is missing", where=f"{repo_id}/{shard}", fix="look for another copy")
+            with files.open(f"{repo_id}/{shard}", "rb", block_size=FETCH_BYTES) as stream:
+                return parse_header(Path(shard), stream.read(8), stream.read, stream.size)
+
         tensors: dict[str, TensorInfo] = {}
-        for shard in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
-            check_shard_name(shard, f"{repo_id}/{INDEX}")
-            with files.open(f"{repo_id}/{shard}", "rb", block_size=1 << 20) as stream:
-                found = parse_header(Path(shard), stream.read(8), stream.read, files.size(f"{repo_id}/{shard}"))
-            tensors |= {
-                name: info for name, info in found.items() if weight_map is None or weight_map.get(name) == shard
-            }
+        shards = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for shard, found in zip(shards, pool.map(header, shards), strict=True):
+                tensors |= {x: info for x, info in found.items() if weight_map is None or weight_map.get(x) == shard}
         if weight_map:
-            check_index(weight_map, tensors, f"{repo_id}/{INDEX}")
-    except OSError as error:
+            check_index(weight_map, tensors, index)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's library raises many kinds for absent, gated and unreachable
         raise _unreachable(repo_id, error) from error
-    return Checkpoint(config_file.parent, config, tensors, local=False)
+    return Checkpoint(folder, config, tensors, local=False)
 
 
 def _unreachable(repo_id: str, error: Exception) -> ModelError:

@@ -38,6 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+MAX_AXES = 64
+FINGERPRINT_STEP, FINGERPRINT_BYTES = 8 << 20, 1 << 10
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -77,6 +79,7 @@ def parse_header(
 
     Raises:
         CheckpointError: anything that the format does not allow.
+        ModelError: a dtype that is not supported.
     """
     fix = "download or copy this file again; it is not what its writer wrote"
     if len(raw_length) < 8:
@@ -98,11 +101,8 @@ def parse_header(
         if not isinstance(header, dict):
             raise ValueError("not an object")
         header.pop("__metadata__", None)
-        infos = {}
-        for name, row in header.items():
-            dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-            infos[name] = TensorInfo(name, file, dtype, shape, 8 + length + start, 8 + length + end)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        infos = {name: _tensor_info(name, row, file, 8 + length) for name, row in header.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             "safetensors header cannot be parsed", where=file, got=str(error)[:200], fix=fix
         ) from None
@@ -110,13 +110,13 @@ def parse_header(
     for info in sorted(infos.values(), key=lambda x: (x.start, x.end)):
         if info.dtype not in DTYPES:
             raise ModelError(
-                f"tensor dtype {info.dtype} is not supported",
+                f"tensor dtype {info.dtype[:20]!r} is not supported",
                 where=f"{file}: {info.name}",
                 expected=", ".join(DTYPES),
                 fix="convert the checkpoint",
             )
         size = prod(info.shape) * DTYPES[info.dtype].itemsize
-        if info.start != position or info.bytes != size or any(not isinstance(n, int) or n < 0 for n in info.shape):
+        if info.start != position or info.bytes != size:
             raise CheckpointError(
                 "safetensors header contradicts itself",
                 where=f"{file}: {info.name}",
@@ -138,10 +138,34 @@ def parse_header(
     return infos
 
 
+def _tensor_info(name: str, row: dict, file: Path, data_start: int) -> TensorInfo:
+    dtype, shape, (start, end) = row["dtype"], row["shape"], row["data_offsets"]
+    lists = type(dtype) is str and type(shape) is list and len(shape) <= MAX_AXES
+    if not lists or any(type(n) is not int or not 0 <= n < 1 << 63 for n in (*shape, start, end)):
+        raise ValueError(f"{name!r}: {row}")
+    return TensorInfo(name, file, dtype, tuple(shape), data_start + start, data_start + end)
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one local safetensors file, checked against the file's size."""
-    with file.open("rb") as stream:
-        return parse_header(file, stream.read(8), stream.read, os.fstat(stream.fileno()).st_size)
+    """The tensors of one local safetensors file, checked against the file's size.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its header or size is wrong.
+    """
+    try:
+        with file.open("rb") as stream:
+            return parse_header(file, stream.read(8), stream.read, os.fstat(stream.fileno()).st_size)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(where: object, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "checkpoint file cannot be read",
+        where=where,
+        got=error.strerror or str(error),
+        fix="check the disk and the file's permissions",
+    )
 
 
 class Checkpoint:
@@ -194,6 +218,8 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the first axis; reads only their bytes."""
         info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {name!r}, which has the shape {list(info.shape)}")
         out = torch.empty((stop - start, *info.shape[1:]), dtype=DTYPES[info.dtype])
         return self.read_into(info, out, start * info.row_bytes)
 
@@ -217,12 +243,7 @@ class Checkpoint:
             try:
                 count = os.preadv(fd, [view], position)
             except OSError as error:
-                raise CheckpointError(
-                    "checkpoint file cannot be read",
-                    where=f"{info.file}: {info.name}",
-                    got=error.strerror or str(error),
-                    fix="check the disk",
-                ) from None
+                raise _unreadable(f"{info.file}: {info.name}", error) from None
             if count == 0:
                 raise CheckpointError(
                     "checkpoint file ended early",
@@ -234,7 +255,10 @@ class Checkpoint:
 
     def _fd(self, file: Path) -> int:
         if file not in self._files:
-            self._files[file] = os.open(file, os.O_RDONLY)
+            try:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise _unreadable(file, error) from None
         return self._files[file]
 
     def close(self) -> None:
@@ -253,14 +277,19 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name config, headers and weights (sampled for speed: 64 blocks of 4 KiB a file)."""
+        """16 hex digits that name config, headers and weights.
+
+        Of the weights, 1 KiB in the middle of each 8 MiB of a tensor is read, and of each tensor at least that: no
+        tensor changes unseen in training, and a checkpoint of 700 GB takes seconds.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape} {info.start}".encode())
-        for file in self.files if self.local else []:
-            size = file.stat().st_size
-            for i in range(64):
-                digest.update(os.pread(self._fd(file), 4096, size * i // 64))
+            for start in range(info.start, info.end, FINGERPRINT_STEP) if self.local else ():
+                middle = (start + min(start + FINGERPRINT_STEP, info.end)) // 2
+                first = max(start, middle - FINGERPRINT_BYTES // 2)
+                count = min(FINGERPRINT_BYTES, info.end - first)
+                digest.update(os.pread(self._fd(info.file), count, first))
         return digest.hexdigest()[:16]
 
     def side_files(self) -> Iterator[Path]:
@@ -291,28 +320,42 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(
-            "folder holds no config.json",
+            "folder holds no config.json" if folder.is_dir() else "this is a file, not a model's folder",
             where=folder,
             expected="a model in Hugging Face format",
             fix="point at the folder that holds config.json",
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError("config.json is not valid JSON", where=file, got=error) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError("config.json is not valid JSON", where=file, got=error, fix="download it again") from None
+    except OSError as error:
+        raise ModelError(
+            "config.json cannot be read", where=file, got=error.strerror, fix="check its permissions"
+        ) from None
     if not isinstance(config, dict):
-        raise ModelError("config.json is not an object", where=file, got=type(config).__name__)
+        raise ModelError("config.json is not an object", where=file, got=type(config).__name__, fix="download it again")
     return config
 
 
 def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / SINGLE).is_file():  # before an index, as stock transformers chooses
+        return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _indexed_tensors(folder)
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return {name: info for file in found for name, info in read_header(file).items()}
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found = read_header(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                "two files hold the same tensor, and no index says which counts",
+                where=folder,
+                got=f"{twice[0]!r} in {tensors[twice[0]].file.name} and {file.name}",
+                fix=f"remove the files that do not belong to the model, or add {INDEX}",
+            )
+        tensors |= found
+    if tensors:
+        return tensors
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
         raise ModelError(
@@ -333,15 +376,12 @@ def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "shard index cannot be parsed", where=index, got=repr(error)[:200], fix="download it again"
-        ) from None
+        text = index.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError("shard index cannot be read", where=index, got=error, fix="download it again") from None
+    weight_map = parse_index(text, index)
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        check_shard_name(shard, index)
+    for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             missing = next(name for name, file in weight_map.items() if file == shard)
             raise CheckpointError(
@@ -355,12 +395,28 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def check_shard_name(shard: object, index: object) -> None:
-    """Refuse a shard name that points outside the model's folder."""
-    if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+def parse_index(text: str, index: object) -> dict[str, str]:
+    """The shard of each tensor, from the text of an index.
+
+    Raises:
+        CheckpointError: not an index, or one that points outside the model's folder.
+    """
+    try:
+        weight_map = dict(json.loads(text)["weight_map"])
+        shards = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            "the index points outside its folder: refused", where=index, got=shard, fix="do not trust this checkpoint"
-        )
+            "shard index cannot be parsed", where=index, got=repr(error)[:200], fix="download it again"
+        ) from None
+    for shard in shards:
+        if not isinstance(shard, str) or "\0" in shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise CheckpointError(
+                "the index points outside its folder: refused",
+                where=index,
+                got=repr(shard)[:200],
+                fix="do not trust this checkpoint",
+            )
+    return weight_map
 
 
 def check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], index: object) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pkgutil
 import sys
+from functools import cache
 
 import click
 import typer
@@ -13,7 +15,16 @@ from rich.markup import escape
 
 import moekit
 from moekit.cli.screen import errors_to
-from moekit.errors import UserError
+from moekit.errors import UserError, VerificationError
+
+# What the operating system may refuse at any moment, and what the user can do about it.
+REFUSALS = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EACCES: "choose another place, or change the permissions",
+    errno.EPERM: "choose another place, or change the permissions",
+    errno.EROFS: "choose another place: this one is read-only",
+}
 
 app = typer.Typer(
     name="moekit",
@@ -38,6 +49,7 @@ def _main(
     pass
 
 
+@cache
 def _register() -> None:
     """Every module of this package with a `register(app)` is a verb."""
     for found in sorted(pkgutil.iter_modules(__path__), key=lambda x: x.name):
@@ -50,35 +62,42 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when it worked, 2 for a user's mistake, 1 for moekit's own, 130 when interrupted.
+        0 when it worked, 2 for a user's mistake, 1 for moekit's own (a result that fails its proof too), 130 when
+        interrupted.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _register()
     try:
+        _register()
         result = app(args=arguments, standalone_mode=False)
-        code = result if isinstance(result, int) else 0
+        return result if isinstance(result, int) else 0
     except UserError as error:
-        errors_to(sys.stderr).print(
-            f"[bold red]{error.kind} error[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        code = 2
+        _say(f"[bold red]{error.kind} error[/] {escape(str(error))}")
+        return 1 if isinstance(error, VerificationError) else 2
     except click.exceptions.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except click.ClickException as error:
         error.show()
-        code = 2
+        return 2
     except (KeyboardInterrupt, click.exceptions.Abort):
-        errors_to(sys.stderr).print("interrupted; run the same command again to go on where it stopped")
-        code = 130
+        _say("interrupted; run the same command again to go on where it stopped")
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if os.environ.get("MOEKIT_DEBUG"):
             raise
-        errors_to(sys.stderr).print(
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            where = f"\n  where:    {escape(str(error.filename))}" if error.filename else ""
+            _say(f"[bold red]output error[/] {error.strerror}{where}\n  fix:      {REFUSALS[error.errno]}")
+            return 2
+        _say(
             f"[bold red]internal error[/] {type(error).__name__}: {escape(str(error))}\n"
-            "  This is moekit's mistake, not yours. Set MOEKIT_DEBUG=1 for the traceback and report it.",
-            highlight=False,
-            soft_wrap=True,
+            "  This is moekit's mistake, not yours. Set MOEKIT_DEBUG=1 for the traceback and report it."
         )
-        code = 1
-    sys.exit(code)
+        return 1
+
+
+def _say(message: str) -> None:
+    errors_to(sys.stderr).print(message, highlight=False, soft_wrap=True)
