@@ -37,7 +37,6 @@ from moekit.view import MoEView
 from zoo import EXPERTS, MULTIMODAL, TOP_K, ZOO, inputs, save
 from zoo_probe import expert_tensors, experts_of
 
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 PERMUTED, DROPPED = 1e-5, 1e-4  # largest differences of logits
 BF16 = 2**-6  # largest difference of a layer's routed sum, as a share of its largest value
 # Config and code of these limit the choice to groups in the zoo (`n_group` 2, `topk_group` 1).
