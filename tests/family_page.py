@@ -50,4 +50,4 @@ def page(rows: list[str], version: str = transformers.__version__) -> str:
 
 def rows_of(text: str) -> list[str]:
     """The families' lines of the page."""
-    return [line for line in text.splitlines() if line.startswith("| ")][1:]
+    return [line for line in text.splitlines() if line.startswith("| ")][2:]
