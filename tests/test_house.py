@@ -41,6 +41,7 @@ FLOORS = {
     "stream": 6,
     "apply": 6,
     "measurement": 7,
+    "recording": 8,  # traces: measures as it writes
     "evaluation": 7,
     "serve": 7,
     "pipeline": 8,

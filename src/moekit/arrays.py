@@ -27,6 +27,11 @@ _DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 _ALIGNMENT = 64
 
 
+def spec_bytes(spec: Spec) -> int:
+    """Bytes of these arrays."""
+    return sum(np.dtype(dtype).itemsize * prod(shape) for dtype, shape in spec.values())
+
+
 def header_of(spec: Spec) -> bytes:
     """Length and JSON header of a safetensors file with these arrays; wide dtypes first, so that all are aligned."""
     rows: dict[str, object] = {}
@@ -49,7 +54,7 @@ class ArrayFile:
 
     def __init__(self, path: Path, spec: Spec):
         header = header_of(spec)
-        size = len(header) + sum(np.dtype(dtype).itemsize * prod(shape) for dtype, shape in spec.values())
+        size = len(header) + spec_bytes(spec)
         with path.open("ab"):
             pass
         self._file: BinaryIO = path.open("r+b", buffering=0)

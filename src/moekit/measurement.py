@@ -127,8 +127,10 @@ class Gatherer(Observer):
         if "routing" in self.groups:
             logits = call.logits[keep].float()
             self._check_logits(layer, logits, ids)
-            sums["logit"] += logits.sum(0, dtype=torch.float64).cpu()
-            sums["logit_gram"] += (logits.T @ logits).double().cpu()
+            banned = call.logits[keep] == torch.finfo(call.logits.dtype).min  # a plan that runs live
+            wanted = logits.masked_fill(banned, 0.0)
+            sums["logit"] += wanted.sum(0, dtype=torch.float64).cpu()
+            sums["logit_gram"] += (wanted.T @ wanted).double().cpu()
             self._routing(layer, number, batch, sums, logits, ids)
         if "vocabulary" in self.groups:
             self._vocabulary(layer, batch, ids)

@@ -215,6 +215,13 @@ class Stats:
         part.mkdir(parents=True)
         for index, layer in self.layers.items():
             layer.save(part / layer_file(index))
+        self.save_head(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        return final
+
+    def save_head(self, folder: Path) -> None:
+        """Write stats.json alone, for who writes the layers' files as they come."""
         head = {
             "schema": SCHEMA,
             "layout_hash": self.layout_hash,
@@ -224,10 +231,7 @@ class Stats:
             "layers": sorted(self.layers),
             "manifest": self.manifest,
         }
-        (part / "stats.json").write_text(json.dumps(head, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        return final
+        (folder / "stats.json").write_text(json.dumps(head, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> Stats:

@@ -40,8 +40,8 @@ TOKEN_ARRAYS: dict[str, tuple[type, str]] = {
     "sequence": (np.int32, "number of the sequence"),
     "position": (np.int32, "place in the sequence, from 0"),
     "phase": (np.uint8, "number in `PHASES`: 0 prefill, 1 decode"),
-    "predicted": (np.int32, "the id that the model finds likeliest to come next"),
-    "loss": (np.float32, "-log p of the token that came next, nats; NaN at the end of a sequence"),
+    "predicted": (np.int32, "the id that the model finds likeliest to come next; -1 where it was not computed"),
+    "loss": (np.float32, "-log p of the token that came next, nats; NaN where there is none, or it was not computed"),
 }
 
 
@@ -72,6 +72,7 @@ class LayerTrace:
             tokens, as `weights` and `margin`.
         weights: what the model weighs them with [T, K], float16.
         margin: p_k - p_(k+1), by how much the last chosen expert beat the first that was not [T], float16.
+        logits: the router's [T, E], float16, where they were asked for.
     """
 
     index: int
@@ -81,6 +82,7 @@ class LayerTrace:
     ids: np.ndarray | None = None
     weights: np.ndarray | None = None
     margin: np.ndarray | None = None
+    logits: np.ndarray | None = None
 
 
 class Trace:
@@ -134,7 +136,7 @@ class Trace:
                 )
         if trace.has_tokens:
             for file, names in [
-                (_tokens_file(folder), ("id",)),
+                (tokens_path(folder), ("id",)),
                 *((layer_path(folder, i), ("ids",)) for i in trace.layers),
             ]:
                 _check_rows(file, read_arrays(file), names, sum(head["tokens"].values()))
@@ -196,7 +198,7 @@ class Trace:
             DataError: only statistics were recorded.
         """
         self.need_tokens("every token")
-        return {name: array[self.rows] for name, array in read_arrays(_tokens_file(self.path)).items()}
+        return {name: array[self.rows] for name, array in read_arrays(tokens_path(self.path)).items()}
 
     def need_tokens(self, what: str) -> None:
         """Refuse what statistics alone cannot answer.
@@ -302,7 +304,8 @@ def layer_path(folder: Path, index: int) -> Path:
     return folder / "layers" / f"layer-{index:04d}.safetensors"
 
 
-def _tokens_file(folder: Path) -> Path:
+def tokens_path(folder: Path) -> Path:
+    """The file of what is known of every token."""
     return folder / "tokens" / "tokens.safetensors"
 
 
@@ -311,12 +314,13 @@ def token_spec(tokens: int) -> Spec:
     return {name: (dtype, (tokens,)) for name, (dtype, _) in TOKEN_ARRAYS.items()}
 
 
-def layer_spec(layer: MoELayer, tokens: int) -> Spec:
+def layer_spec(layer: MoELayer, tokens: int, logits: bool = False) -> Spec:
     """The arrays of a layer's file; ids are one byte wide where every id fits, that of an empty slot (E) included."""
     highest = layer.num_experts - (layer.router_width <= layer.num_experts)
     ids = np.uint8 if highest < 256 else np.uint16
     shape = (tokens, layer.top_k)
-    return {"ids": (ids, shape), "weights": (np.float16, shape), "margin": (np.float16, (tokens,))}
+    spec = {"ids": (ids, shape), "weights": (np.float16, shape), "margin": (np.float16, (tokens,))}
+    return spec | ({"logits": (np.float16, (tokens, layer.num_experts))} if logits else {})
 
 
 def _read_head(folder: Path) -> dict:

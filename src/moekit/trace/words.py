@@ -21,7 +21,7 @@ import numpy as np
 from moekit.errors import DataError
 from moekit.stats import Stats
 from moekit.trace.resample import ROWS
-from moekit.trace.store import LayerTrace, Trace
+from moekit.trace.store import Trace
 from moekit.trace.table import Table
 
 MIN_COUNT = 10
@@ -199,7 +199,7 @@ def _rows(source: Stats | Trace, layer: int, kind: Kind, domain: str | None) -> 
             raise DataError("predicted tokens need a trace, not statistics", fix="record one with tokens")
         source.need_tokens("what the model predicted")
         traced = source.layer(layer)
-        return count_words(traced, np.asarray(source.tokens()["predicted"])), traced.top_k, traced.num_experts
+        return count_words(traced.ids, np.asarray(source.tokens()["predicted"])), traced.top_k, traced.num_experts
     stats = source.stats if isinstance(source, Trace) else source
     if layer not in stats.layers:
         raise DataError(f"layer {layer} has no experts", expected=f"one of {', '.join(map(str, stats.layers))}")
@@ -212,13 +212,13 @@ def _rows(source: Stats | Trace, layer: int, kind: Kind, domain: str | None) -> 
     return np.stack([keys >> 16, keys & 0xFFFF, counts], 1), found.top_k, found.num_experts
 
 
-def count_words(layer: LayerTrace, words_T: np.ndarray) -> np.ndarray:
-    """Counts [M, 3] of word, expert (E: an empty slot) over the tokens of a layer; words below 0 are left out."""
+def count_words(ids_TK: np.ndarray, words_T: np.ndarray) -> np.ndarray:
+    """Counts [M, 3] of word, expert (E: an empty slot) and count over tokens; words below 0 are left out."""
     keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for start in range(0, len(words_T), ROWS):
         words = words_T[start : start + ROWS].astype(np.int64)
         real = words >= 0
-        new = (words[real, None] << 16 | layer.ids[start : start + ROWS][real]).reshape(-1)
+        new = (words[real, None] << 16 | ids_TK[start : start + ROWS][real]).reshape(-1)
         keys, counts = _added(np.concatenate([keys, new]), np.concatenate([counts, np.ones(len(new), np.int64)]))
     return np.stack([keys >> 16, keys & 0xFFFF, counts], 1)
 
