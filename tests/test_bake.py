@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from moekit.apply.bake import Baked, bake, bake_tensors
+from moekit.checkpoint.place import JOB
 from moekit.checkpoint.reader import INDEX, Checkpoint
 from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError, OutputError, PlanError
@@ -192,6 +193,8 @@ def test_an_interrupted_bake_goes_on_with_the_same_plan_only(tmp_path, mixtral):
     assert not out.exists()
     with pytest.raises(OutputError, match="another job"):
         bake(checkpoint, understanding, random_plan(understanding, seed=1), out, shard_bytes=100_000)
+    job = json.loads((tmp_path / "out.partial" / JOB).read_text())["job"]
+    assert job.keys() == {"source", "plan", "moekit"}
     told = []
     bake(checkpoint, understanding, plan, out, shard_bytes=100_000, progress=lambda _, done, total: told.append(done))
     straight = bake(checkpoint, understanding, plan, tmp_path / "straight", shard_bytes=100_000).path
@@ -231,7 +234,8 @@ def test_tensors_of_any_shape_and_name_are_cut_alike(tmp_path):
         "h.2.across": torch.randn(2, 4, 3).to(torch.float8_e4m3fn),
         "h.2.flat": torch.arange(12.0).reshape(12, 1),  # three rows an expert
         "h.2.scale": torch.tensor([2.0]),  # one for all
-        "h.2.router": torch.arange(6.0).reshape(6, 1),  # two rows behind the experts'
+        "h.2.behind": torch.arange(6.0).reshape(6, 1),  # two shared experts behind the routed ones
+        "h.2.router": torch.arange(8.0).reshape(8, 1),  # four rows behind the experts'
     }
     axes = dict.fromkeys(fused, 0) | {"h.2.across": 1}
     parts = [ExpertTensor(name, "router" if "router" in name else "expert", None, axes[name]) for name in fused]
@@ -252,7 +256,8 @@ def test_tensors_of_any_shape_and_name_are_cut_alike(tmp_path):
     assert same(after["h.2.stacked"], fused["h.2.stacked"][[1, 3]])
     assert same(after["h.2.across"], fused["h.2.across"][:, [1, 3]])
     assert after["h.2.flat"].flatten().tolist() == [3, 4, 5, 9, 10, 11]
-    assert after["h.2.router"].flatten().tolist() == [1, 3, 4, 5]
+    assert after["h.2.behind"].flatten().tolist() == [1, 3, 4, 5]
+    assert after["h.2.router"].flatten().tolist() == [1, 3, 4, 5, 6, 7]
     assert after["h.2.scale"].tolist() == [2.0]
 
     rewrite(tmp_path / "in", experts | extra | fused | {"h.2.stacked": torch.randn(3, 2)})

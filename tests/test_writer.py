@@ -85,7 +85,7 @@ def test_every_dtype_and_shape_comes_back_bit_identical_and_aligned(tmp_path):
         assert length % 8 == 0
         assert header.pop("__metadata__") == {"format": "pt"}
         assert all(row["data_offsets"][0] % DTYPES[row["dtype"]].itemsize == 0 for row in header.values())
-        assert json.loads((out / "config.json").read_text()) == CONFIG
+        assert list(json.loads((out / "config.json").read_text()).items()) == list(CONFIG.items())
         assert sorted(x.name for x in out.iterdir()) == ["config.json", "model.safetensors"]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -284,6 +284,10 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, checkpoint
 
 def test_what_is_finished_needs_no_more_space(tmp_path, checkpoint, monkeypatch):
     interrupted(tmp_path / "out", checkpoint)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 20_000, 20_000))
+    with pytest.raises(OutputError, match="disk space"):
+        write_checkpoint(tmp_path / "out", copies(checkpoint), CONFIG, job=JOB_A, shard_bytes=8000)
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))  # a half-written shard takes space no more
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 40_000, 40_000))
     assert write_checkpoint(tmp_path / "out", copies(checkpoint), CONFIG, job=JOB_A, shard_bytes=8000).reused == 2
 

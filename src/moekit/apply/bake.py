@@ -96,7 +96,7 @@ def bake(
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")
     tensors = bake_tensors(checkpoint, understanding, plan)
     config, notes = baked_config(checkpoint, understanding, plan)
-    sides = [x for x in checkpoint.side_files() if x.as_posix() not in (PROVENANCE, PLAN)]
+    sides = list(checkpoint.side_files())
     foreign = [x.as_posix() for x in sides if OTHER_WEIGHTS.search(x.name)]
     if foreign:
         notes.append(f"left out, weights of the source in another form: {', '.join(foreign)}")
@@ -277,7 +277,7 @@ def _clear_mtp(settings: dict, prefix: str = "") -> list[str]:
     for key, value in settings.items():
         if isinstance(value, dict):
             keys += _clear_mtp(value, f"{prefix}{key}.")
-        elif type(value) is int and value and MTP_COUNT.search(key):
+        elif type(value) is int and MTP_COUNT.search(key):
             settings[key] = 0
             keys.append(prefix + key)
     return keys
