@@ -4,8 +4,8 @@ The model's own forward runs once per batch, each in a thread of its own that st
 forward is a stub that hands its arguments over and waits. When all batches have arrived at layer i, its weights are
 put in, the real layer runs on each batch's arguments in turn, and every thread goes on with its result to layer i + 1.
 So whatever a family does before, between and after its layers (masks, positions, hyper-connections, pairs passed from
-layer to layer) is done by the family's own code, and the result is the stock forward, bit for bit. Only one thread
-runs at a time.
+layer to layer) is done by the family's own code, and the result is the stock forward, bit for bit (that with
+transformers' eager experts; its grouped ones round sums elsewhere). Only one thread runs at a time.
 
 Hidden states that pass `spill_bytes` wait on disk. A checkpoint after a layer holds every batch's output; on resume
 each thread walks again with all earlier stubs answering that output, which is exact where a layer's arguments depend
@@ -19,7 +19,6 @@ the layers behind it.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import shutil
 import tempfile
@@ -29,8 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -105,8 +106,8 @@ class _Walk(threading.Thread):
             self.proceed(answer)
 
     def stop(self) -> None:
-        """In the driver: end the thread if it waits."""
-        if self.is_alive() and self.arrival is not None:
+        """In the driver: end the thread; one that runs (we were interrupted waiting for it) ends at its next stop."""
+        if self.is_alive():
             self._inbox.put(_Stopped())
             self.join()
         self.arrival = None
@@ -134,7 +135,7 @@ class Checkpoints:
     Attributes:
         folder: a folder of its own.
         identity: names the job; what another job left is ignored.
-        carry: plain data saved and restored along with the hidden states.
+        carry: plain data saved along with the hidden states, and restored into the same dict.
         every_s: seconds between checkpoints (at layer boundaries).
     """
 
@@ -144,16 +145,21 @@ class Checkpoints:
     every_s: float = 60.0
 
     def load(self) -> tuple[int, list[Path]]:
-        """(layer to go on with, one file a batch); (0, []) when there is nothing to resume."""
-        state = self.folder / "hidden" / "state.pt"
-        if not state.is_file():
-            return 0, []
-        saved = torch.load(state, weights_only=True)
-        if saved["identity"] != self.identity:
-            return 0, []
-        self.carry.clear()
-        self.carry.update(saved["carry"])
-        return saved["next"], sorted(state.parent.glob("batch-*.pt"))
+        """(layer to go on with, one file a batch); (0, []) when there is nothing to resume.
+
+        What another job left, or what is damaged, is removed.
+        """
+        folder = self.folder / "hidden"
+        try:
+            saved = torch.load(folder / "state.pt", weights_only=True)
+            if saved["identity"] == self.identity:
+                self.carry.clear()
+                self.carry.update(saved["carry"])
+                return saved["next"], sorted(folder.glob("batch-*.pt"))
+        except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0, []
 
     def save_batch(self, number: int, output: object) -> None:
         """Keep one batch's output of the layer that is running."""
@@ -161,16 +167,19 @@ class Checkpoints:
         if number == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        torch.save(
-            pytree.tree_map_only(torch.Tensor, lambda x: x.cpu().clone(), output), folder / f"batch-{number:06d}.pt"
-        )
+        _save(pytree.tree_map_only(torch.Tensor, lambda x: x.cpu().clone(), output), folder / f"batch-{number:06d}.pt")
 
     def commit(self, following: int) -> None:
         """All batches of a layer are kept: this is the checkpoint now."""
         new, old = self.folder / "hidden.next", self.folder / "hidden"
-        torch.save({"identity": self.identity, "next": following, "carry": self.carry}, new / "state.pt")
+        _save({"identity": self.identity, "next": following, "carry": self.carry}, new / "state.pt")
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
+
+
+def _save(value: object, file: Path) -> None:
+    with file.open("wb") as stream:  # given a path, torch says of a full disk that it is torch's own failure
+        torch.save(value, stream)
 
 
 class Stream:
@@ -230,9 +239,10 @@ class Stream:
         end = len(stock) if last_layer is None else last_layer + 1
         outer = self.loader.read(OUTER)
         self.loader.attach(OUTER, outer)
-        inputs = [*batches, *(batches[fork.batch] for fork in forks)]
-        walks = [_Walk(self.model, {"input_ids": ids.to(self.loader.device)}, self._current) for ids in inputs]
+        walks: list[_Walk] = []
         try:
+            for ids in (*batches, *(batches[fork.batch] for fork in forks)):
+                walks.append(_Walk(self.model, {"input_ids": ids.to(self.loader.device)}, self._current))
             for index, layer in enumerate(self.loader.layers):
                 layer.forward = self._stub(index)
             with _Spill(self._spill_bytes) as spill:
@@ -315,33 +325,40 @@ class Stream:
                 tensors = reading.result()
                 if index + 1 < end:
                     reading = reader.submit(self.loader.read, index + 1)
-                self.loader.attach(index, tensors)
                 due = store is not None and index + 1 < end and time.monotonic() - saved_at >= store.every_s
                 saving = store if due else None
-                for number in range(batches):
-                    spill.back(walks[number])
-                    output = step(index, number)
-                    if saving:
-                        saving.save_batch(number, output)
-                    for follower in followers[number]:
-                        fork = forks[follower - batches]
-                        spill.back(walks[follower])
-                        fork.left = fork.left or fork.leaves(index)
-                        go_on(index, follower, step(index, follower) if fork.left else output)
-                        if fork.left:  # before, its hidden states are the batch's
-                            spill.away(walks[follower])
-                    go_on(index, number, output)
-                    if saving and number == 0 and not self._replays(walks[0], output):
-                        saving = None
-                    del output
-                    spill.away(walks[number])
-                self.loader.detach(index, tensors)
-                del tensors
+                with self._attached(index, tensors):
+                    del tensors
+                    for number in range(batches):
+                        spill.back(walks[number])
+                        output = step(index, number)
+                        if saving:
+                            saving.save_batch(number, output)
+                        for follower in followers[number]:
+                            fork = forks[follower - batches]
+                            spill.back(walks[follower])
+                            fork.left = fork.left or fork.leaves(index)
+                            go_on(index, follower, step(index, follower) if fork.left else output)
+                            if fork.left:  # before, its hidden states are the batch's
+                                spill.away(walks[follower])
+                        go_on(index, number, output)
+                        if saving and number == 0 and not self._replays(walks[0], output):
+                            saving = None
+                        del output
+                        spill.away(walks[number])
                 if after_layer is not None:
                     after_layer(index)
                 if saving:
                     saving.commit(index + 1)
                     saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _attached(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        self.loader.attach(index, tensors)
+        try:
+            yield
+        finally:
+            self.loader.detach(index, tensors)
 
     def _logits(self, walk: _Walk) -> torch.Tensor:
         """Let a run that has passed all layers end."""
@@ -403,7 +420,8 @@ class _Spill:
         self._gone[walk] = []
         for number, storage in enumerate(storages.values()):
             file = Path(self._folder.name) / f"{id(walk)}-{number}"
-            torch.from_file(str(file), shared=True, size=storage.nbytes(), dtype=torch.uint8).copy_(_as_bytes(storage))
+            data = _as_bytes(storage).clone().cpu()  # numpy would pin the storage itself to its size
+            file.write_bytes(data.numpy().data)
             self._gone[walk].append((storage, file))
             storage.resize_(0)
 
@@ -412,9 +430,8 @@ class _Spill:
         self._resident -= walk.resident_bytes
         walk.resident_bytes = 0
         for storage, file in self._gone.pop(walk, ()):
-            storage.resize_(os.stat(file).st_size)
-            data = torch.from_file(str(file), size=storage.nbytes(), dtype=torch.uint8)
-            _as_bytes(storage).copy_(data)
+            storage.resize_(file.stat().st_size)
+            _as_bytes(storage).copy_(torch.from_numpy(np.fromfile(file, np.uint8)))
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
