@@ -114,8 +114,7 @@ class Gatherer(Observer):
 
         weights = call.weights[keep].float()
         self.empty_slots[layer.index] += int((flat == layer.num_experts).sum())
-        sums["count"] += by_expert(torch.ones_like(weights))
-        sums["gate_mass"] += by_expert(weights)
+        self._by_sequence(layer, batch, sums, ids, weights)
         if "scores" in self.groups:
             norms = self._norms[keep]
             gated = norms if layer.router.weighs_input else weights * norms
@@ -134,6 +133,27 @@ class Gatherer(Observer):
             self._routing(layer, number, batch, sums, logits, ids)
         if "vocabulary" in self.groups:
             self._vocabulary(layer, batch, ids)
+
+    def _by_sequence(
+        self,
+        layer: MoELayer,
+        batch: Batch,
+        sums: dict[str, torch.Tensor],
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """Counts and gate mass, which are sums over sequences of sums over their tokens."""
+        rows, slots = len(batch.ids), layer.num_experts + 1  # the last for slots that no expert fills
+        row_T = torch.arange(rows).repeat_interleave(batch.mask.sum(1)).to(ids.device)
+        keys = (row_T[:, None] * slots + ids).reshape(-1)
+        tokens_B = batch.mask.sum(1, keepdim=True).clamp_min(1)
+        for name, mean, values in (("count", "sequence_share", None), ("gate_mass", "sequence_mass", weights)):
+            weight = None if values is None else values.reshape(-1).double()
+            found_BE = torch.bincount(keys, weight, rows * slots).view(rows, slots)[:, :-1].double().cpu()
+            sums[name] += found_BE.sum(0)
+            mean_BE = found_BE / tokens_B
+            sums[mean] += mean_BE.sum(0)
+            sums[f"{mean}_sq"] += mean_BE.square().sum(0)
 
     @contextlib.contextmanager
     def compared(self, view: MoEView, layers: Sequence[int]) -> Iterator[None]:

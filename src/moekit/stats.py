@@ -28,6 +28,14 @@ POSITION_BUCKETS = 21  # bucket b > 0 holds positions 2^(b-1) .. 2^b - 1; bucket
 FIELDS: dict[str, tuple[str, str, str]] = {
     "count": ("scores", "E", "tokens routed to j"),
     "gate_mass": ("scores", "E", "sum of g_j(t)"),
+    "sequence_share": ("scores", "E", "sum over sequences of the share of their tokens routed to j (fTRI)"),
+    "sequence_share_sq": ("scores", "E", "the same of its square, for intervals"),
+    "sequence_mass": (
+        "scores",
+        "E",
+        "sum over sequences of the mean of g_j over their tokens (fTRI)",
+    ),
+    "sequence_mass_sq": ("scores", "E", "the same of its square, for intervals"),
     "norm": ("scores", "E", "sum over T_j of |f_j| (EAN)"),
     "norm_sq": ("scores", "E", "sum over T_j of |f_j|^2 (MSAN)"),
     "gated_norm": ("scores", "E", "sum over T_j of g_j |f_j| (REAP)"),
@@ -43,7 +51,8 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "margin": ("routing", "P", "sum of p_k - p_(k+1), the router's confidence, by position bucket"),
 }
 MAXIMA = frozenset({"peak"})
-ALWAYS = frozenset({"count", "gate_mass"})  # taken whatever the groups
+PER_SEQUENCE = ("sequence_share", "sequence_share_sq", "sequence_mass", "sequence_mass_sq")  # rows of one forward each
+ALWAYS = frozenset({"count", "gate_mass", *PER_SEQUENCE})  # taken whatever the groups
 GROUPS = ("scores", "outputs", "routing", "vocabulary")
 WORDS = ("vocabulary", "following")  # sparse counts by token id
 
