@@ -1,9 +1,9 @@
 """Losses of a model without some of its experts, by sequence: the passes that `ablate` needs, many sets at a time.
 
 Switching off an expert of layer l changes nothing before l, and nothing at all in a sequence whose tokens do not choose
-it. A first pass scores the model as it is and counts who chooses whom. In the second, every (batch, set of experts) with
-a choice is a fork of its batch (`moekit.stream.Fork`): it shares what the batch's layers give up to the first layer in
-question and runs the rest with the experts scaled to zero. A fork has the shape of its batch, so that no difference
+it. A first pass scores the model as it is and counts who chooses whom. In the second, every batch and set of experts
+that meet are a fork of the batch (`moekit.stream.Fork`): it shares what the batch's layers give up to the first layer
+in question and runs the rest with the experts scaled to zero. A fork has the shape of its batch, so that no difference
 comes from rounding; sequences that do not choose the experts count as exactly unchanged. Where all forks together would
 need too much memory, further passes follow, each with some of them.
 
