@@ -357,6 +357,13 @@ def test_impossible_places_are_refused(tmp_path, checkpoint, monkeypatch):
         write_checkpoint("/", tensors, CONFIG, job=JOB_A)
     with pytest.raises(OutputError, match="that are read"):
         write_checkpoint(checkpoint.path, tensors, CONFIG, job=JOB_A, overwrite=True)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in checkpoint.path.iterdir():
+        (linked / file.name).symlink_to(file)
+    with pytest.raises(OutputError, match="that are read"):
+        write_checkpoint(linked, copies(Checkpoint.open(linked)), CONFIG, job=JOB_A, overwrite=True)
+    shutil.rmtree(linked)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OutputError, match="no permission"):
         write_checkpoint(tmp_path / "out", tensors, CONFIG, job=JOB_A)
