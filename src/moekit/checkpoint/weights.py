@@ -7,25 +7,42 @@ from __future__ import annotations
 
 import torch
 
+from moekit.errors import CheckpointError
+
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def dequantise_fp8(
-    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype, name: str = ""
 ) -> torch.Tensor:
     """fp8 values times the scale of their block.
 
     Args:
         weight: fp8, [..., O, I].
-        scale: fp32, [..., ceil(O / block[0]), ceil(I / block[1])], or one number.
+        scale: [..., ceil(O / block[0]), ceil(I / block[1])], or one number; fp32, or powers of two as float8_e8m0fnu
+            or its bytes.
         block: rows and columns that share a scale.
         dtype: of the result.
+        name: of the weight, for messages.
+
+    Raises:
+        CheckpointError: the scales are not as many as the blocks.
     """
     values = weight.to(torch.float32)
+    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
     if scale.numel() == 1:
-        return (values * scale.reshape(()).float()).to(dtype)
+        return (values * scale.reshape(())).to(dtype)
     rows, columns = weight.shape[-2:]
-    full = scale.float().repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+    expected = (*weight.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    if tuple(scale.shape) != expected:
+        raise CheckpointError(
+            "fp8 scales do not fit their weight",
+            where=name,
+            expected=f"{list(expected)} for blocks of {block[0]} x {block[1]}",
+            got=list(scale.shape),
+            fix="check quantization_config.weight_block_size in config.json",
+        )
+    full = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
     return values.mul_(full).to(dtype)
 
 
@@ -40,7 +57,12 @@ def dequantise_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
     Returns:
         [E, I, O] with I = 32 G: the transposed orientation that gpt-oss keeps its experts in.
     """
-    table = torch.tensor(FP4_VALUES, dtype=dtype)
-    pairs = torch.stack((blocks & 0x0F, blocks >> 4), -1).flatten(-2)
-    values = torch.ldexp(table[pairs.int()], (scales.int() - 127).unsqueeze(-1)).to(dtype)
-    return values.flatten(-2).transpose(-1, -2).contiguous()
+    values = torch.tensor(FP4_VALUES)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # both values of each byte
+    experts, rows, groups, _ = blocks.shape
+    out = torch.empty(experts, 32 * groups, rows, dtype=dtype)
+    for expert in range(experts):  # one at a time: numbers take eight times the room of the bytes
+        numbers_OGV = pairs[blocks[expert].int()].flatten(-2)
+        numbers_OGV = torch.ldexp(numbers_OGV, scales[expert].int().unsqueeze(-1) - 127)
+        out[expert] = numbers_OGV.flatten(-2).T.to(dtype)
+    return out

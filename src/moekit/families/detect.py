@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moekit.checkpoint.reader import DTYPES, Checkpoint
-from moekit.errors import CheckpointError, ModelError
+from moekit.errors import ModelError
+from moekit.families.checks import check_complete, check_experts, check_numbers
 from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
 from moekit.families.parts import active_params, count_parts, mtp_layers
@@ -70,6 +71,8 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         )
     names = NameMap(model)
     placed, unused = names.place_all(checkpoint.tensors)
+    check_complete(checkpoint, model, placed)
+    check_numbers(checkpoint, model, placed)
     keys = expert_count_keys(config, {_num_experts(model, at) for at in experts})
     axes = grown_axes(names.shapes, _grown_shapes(config, keys, trust_remote_code))
     layers = _layers(checkpoint, config, model, family, experts, placed, axes)
@@ -97,7 +100,6 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         cannot_run=family.cannot_run,
         cannot_drop=family.cannot_drop or family.cannot_run,
     )
-    _check_complete(checkpoint, model, placed)
     return Understanding(config, model, family, experts, placed, unused, layout)
 
 
@@ -246,8 +248,9 @@ def _layers(
         where = router_path(at.path, keys)
         described = _probe(probed, family, model, config, where, count, axes)
         tables = tuple(f"{where}.{x}" for x in described.tables)
-        mine = [x for x in in_layer[at.layer] if x.key.startswith(block) and (x.expert is None or x.expert < count)]
-        _check_experts(checkpoint, mine, count)
+        mine = [x for x in in_layer[at.layer] if x.key.startswith(block)]
+        mine = [x for x in mine if len(x.keys) == 1 or x.expert is None or x.expert < count]  # the rest are another set
+        check_experts(checkpoint, mine, count)
         tensors = [ExpertTensor(x.name, "table") for x in placed.values() if x.key in tables]
         expert_bytes = 0
         for placement in sorted(mine, key=lambda x: (x.key, x.expert or 0, x.name)):
@@ -262,12 +265,6 @@ def _layers(
                 )
             tensors.append(ExpertTensor(placement.name, "expert" if is_expert else "router", placement.expert, axis))
             expert_bytes += info.bytes if is_expert else 0
-        if not tensors:
-            raise CheckpointError(
-                "the experts of a layer are not on disk",
-                where=f"{checkpoint.path}: {at.path}",
-                fix="the checkpoint is incomplete",
-            )
         path = f"{at.layers_path}.{at.layer}"
         layers.append(
             MoELayer(
@@ -289,23 +286,6 @@ def _layers(
             )
         )
     return layers
-
-
-def _check_experts(checkpoint: Checkpoint, placements: list[Placement], count: int) -> None:
-    """CheckpointError when a tensor of one expert is there and that of another is not."""
-    found = defaultdict(set)
-    for placement in placements:
-        if placement.expert is not None:
-            found[placement.key, placement.pattern, placement.suffix].add(placement.expert)
-    for (key, pattern, suffix), experts in found.items():
-        if absent := sorted(set(range(count)) - experts):
-            raise CheckpointError(
-                f"{len(absent)} of {count} experts of a layer are not on disk",
-                where=f"{checkpoint.path}: {key}",
-                expected=f"{pattern}{suffix} for experts 0 to {count - 1}",
-                got=f"none for expert {absent[0]}",
-                fix="the checkpoint is incomplete; download it again",
-            )
 
 
 def _inner_size(experts: nn.Module) -> int:
@@ -349,19 +329,6 @@ def _probe(
                 fix="see docs/families.md; please report it",
             ) from error
     return probed[signature]
-
-
-def _check_complete(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[str, Placement]) -> None:
-    """CheckpointError when the stock model has parameters that no tensor on disk fills (tied ones are free)."""
-    filled = {key for x in placed.values() for key in x.keys} | set(getattr(model, "all_tied_weights_keys", {}))
-    absent = sorted(name for name, _ in model.named_parameters() if name not in filled)
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} parameters of the model are not on disk",
-            where=checkpoint.path,
-            got=f"no tensor for {absent[0]!r}",
-            fix="the checkpoint is incomplete; download it again",
-        )
 
 
 def dtype_of(layout: Layout) -> torch.dtype:

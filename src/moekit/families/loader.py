@@ -17,7 +17,7 @@ from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.detect import Understanding, dtype_of
-from moekit.families.names import Placement, convert
+from moekit.families.names import SCALES, Placement, convert
 from moekit.families.seam import IMPLEMENTATION
 from moekit.families.stock import build
 
@@ -105,41 +105,29 @@ class Loader:
         return out
 
     def _read_parameter(self, key: str, group: list[Placement]) -> dict[str, torch.Tensor]:
-        target = self._meta.get(key)
-        plain = all(not x.suffix and x.expert is not None and x.stacks for x in group)
-        if plain and target is not None:
-            return {key: self._stack(key, group, target)}
-        tensors = {placement: tensor for placement, tensor in self._plain_tensors(group)}
-        converter = group[0].converter
-        if converter is not None:
-            if all(x.expert is not None and x.stacks for x in tensors) and target is not None:
-                return {key: self._stack(key, list(tensors), target, {x.name: tensor for x, tensor in tensors.items()})}
-            made = convert(converter, list(tensors), {x.name: tensor for x, tensor in tensors.items()}, self.model)
-        else:
-            made = {key: next(iter(tensors.values()))}
+        weights = [x for x in group if x.suffix not in SCALES]
+        scales = {x.weight: x.name for x in group if x.suffix in SCALES}
+        target, converter = self._meta.get(key), weights[0].converter
+        if target is not None and all(x.expert is not None and x.stacks for x in weights):
+            return {key: self._stack(key, weights, scales, target)}
+        tensors = {x.name: self._numbers(x, scales) for x in weights}
+        made = (
+            {key: tensors[weights[0].name]} if converter is None else convert(converter, weights, tensors, self.model)
+        )
         return {name: self._family.as_loaded(name, self._fit(name, tensor)) for name, tensor in made.items()}
 
-    def _plain_tensors(self, group: list[Placement]) -> Iterable[tuple[Placement, torch.Tensor]]:
-        """The group's tensors, each quantised weight joined with its scales."""
-        scales = {x.name[: -len(x.suffix)]: x for x in group if x.suffix in ("_scale_inv", "_scales")}
-        for placement in group:
-            if placement.suffix in ("_scale_inv", "_scales"):
-                continue
-            base = placement.name.removesuffix(placement.suffix) if placement.suffix else placement.name
-            tensor = self.checkpoint.read(placement.name)
-            if placement.suffix == "_blocks":
-                yield placement, dequantise_mxfp4(tensor, self.checkpoint.read(scales[base].name), self.dtype)
-            elif base in scales:
-                yield (
-                    placement,
-                    dequantise_fp8(tensor, self.checkpoint.read(scales[base].name), self._block, self.dtype),
-                )
-            else:
-                yield placement, tensor
+    def _numbers(self, placement: Placement, scales: dict[str, str]) -> torch.Tensor:
+        """A tensor read from disk; a quantised one times its scales, in the dtype of the model."""
+        tensor = self.checkpoint.read(placement.name)
+        if placement.weight not in scales:
+            return tensor
+        scale = self.checkpoint.read(scales[placement.weight])
+        if placement.suffix == "_blocks":
+            return dequantise_mxfp4(tensor, scale, self.dtype)
+        return dequantise_fp8(tensor, scale, self._block, self.dtype, placement.name)
 
-    def _stack(
-        self, key: str, group: list[Placement], target: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def _stack(self, key: str, group: list[Placement], scales: dict[str, str], target: torch.Tensor) -> torch.Tensor:
+        """A fused parameter made of one tensor (or two, laid one under the other) an expert."""
         dtype = self._dtype(key, target)
         out = self._take(target.shape, dtype)
         sources = group[0].sources
@@ -164,17 +152,11 @@ class Loader:
                 part = part[starts[placement.pattern] : starts[placement.pattern] + widths[placement.pattern]]
             if part.shape != info.shape:
                 raise _shape_error(placement.name, part.shape, info.shape)
-            if tensors is not None:
-                part.copy_(tensors[placement.name])
-            elif dtype == self.checkpoint_dtype(placement.name) and part.is_contiguous():
+            if dtype == DTYPES[info.dtype] and part.is_contiguous():
                 self.checkpoint.read_into(info, part)
             else:
-                part.copy_(self.checkpoint.read(placement.name))
+                part.copy_(self._numbers(placement, scales))
         return out
-
-    def checkpoint_dtype(self, name: str) -> torch.dtype:
-        """The torch dtype of a tensor on disk."""
-        return DTYPES[self.checkpoint.info(name).dtype]
 
     def _fit(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         target = self._meta.get(key)
@@ -223,6 +205,8 @@ class Loader:
                 self._set(key, self._meta[key])
                 if tensor.dim() == 3 and tensor.device.type == "cpu":
                     self._spare[(tuple(tensor.shape), tensor.dtype)].append(tensor)
+        if index == OUTER:
+            self.model.tie_weights()  # else a tied head would keep the embedding
 
     def _names(self, index: int) -> list[str]:
         prefix = f"{self.layers_path}.{index}."

@@ -25,7 +25,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-QUANTISED_SUFFIXES = re.compile(r"(_scale_inv|_blocks|_scales)$")
+# Ends of the names of a quantised weight's tensors, and what the weight's name has there; first those that scale it.
+SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight": ".weight"}
+QUANTISED = SCALES | {"_blocks": ""}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Placement:
         expert: the expert that it holds, for checkpoints with one tensor per expert.
         converter: the transformers converter that makes the parameter, or None when it is only renamed.
         pattern: the converter's source pattern that matched.
-        suffix: "_scale_inv", "_blocks" or "_scales" for the tensors of a quantised weight, else "".
+        suffix: the key of `QUANTISED` that the name ends in, for the tensors of a quantised weight, else "".
     """
 
     name: str
@@ -47,6 +49,11 @@ class Placement:
     converter: WeightConverter | None = None
     pattern: str = ""
     suffix: str = ""
+
+    @property
+    def weight(self) -> str:
+        """Name on disk of the weight that this is, or is a part of, or scales."""
+        return self.name.removesuffix(self.suffix) + QUANTISED.get(self.suffix, "")
 
     @property
     def sources(self) -> list[str]:
@@ -88,11 +95,10 @@ class NameMap:
 
     def place(self, name: str) -> Placement | None:
         """The placement of disk tensor `name`, or None when the stock model has no use for it."""
-        suffix = ""
-        found = self._place(name, name, suffix)
-        if found is None and (match := QUANTISED_SUFFIXES.search(name)):
-            suffix = match.group(1)
-            found = self._place(name, name[: match.start()], suffix)
+        found = self._place(name, name, "")
+        suffix = next((x for x in QUANTISED if name.endswith(x)), "")
+        if found is None and suffix:
+            found = self._place(name, name.removesuffix(suffix) + QUANTISED[suffix], suffix)
         return found
 
     def _place(self, name: str, base: str, suffix: str) -> Placement | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from moekit.checkpoint.reader import Checkpoint
-from moekit.families.names import Placement, natural_key
+from moekit.families.names import SCALES, Placement, natural_key
 from moekit.layout import ExpertTensor, MoELayer, Part
 
 
@@ -53,7 +53,7 @@ def _params(checkpoint: Checkpoint, name: str) -> int:
     info = checkpoint.tensors[name]
     if name.endswith("_blocks"):
         return 2 * info.bytes  # two 4-bit values a byte
-    return 0 if name.endswith(("_scales", "_scale_inv")) else prod(info.shape)
+    return 0 if name.endswith(tuple(SCALES)) else prod(info.shape)
 
 
 def count_parts(
