@@ -292,7 +292,7 @@ def measure(
     manifest = manifest_of(model, data.describe(), groups, loader.dtype)
     identity = json.dumps(manifest, sort_keys=True)
     work = None if workdir is None else Path(workdir)
-    store = None if work is None else Checkpoints(work, identity, {"previous": gatherer.previous}, checkpoint_s)
+    store = None if work is None else Checkpoints(work, identity, gatherer.previous, checkpoint_s)
     done: dict[int, LayerStats] = {}
     tokens = sum(data.tokens.values())
 
@@ -308,7 +308,7 @@ def measure(
         if layer.index not in done:
             done[layer.index] = _kept(work, layer.index)
     if work is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        _forget(work)
     sequences = np.zeros(len(data.domains), np.int64)
     for batch in data.batches:
         sequences[batch.domain] += len(batch.ids)
@@ -384,6 +384,14 @@ def versions() -> dict[str, str]:
 def _keep(work: Path, identity: str, index: int, stats: LayerStats) -> None:
     one = Stats(identity, (), np.zeros(0, np.int64), np.zeros(0, np.int64), {index: stats})
     one.save(work / f"layer-{index:04d}")
+
+
+def _forget(work: Path) -> None:
+    """Remove what a pass has left in `work`, and the folder unless it holds something else."""
+    for path in (work / "hidden", work / "hidden.next", *work.glob("layer-[0-9][0-9][0-9][0-9]")):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _kept(work: Path | None, index: int) -> LayerStats:

@@ -78,7 +78,7 @@ class LayerStats:
     following: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.int64))
 
     def merged(self, other: LayerStats, ours: np.ndarray, theirs: np.ndarray, domains: int) -> LayerStats:
-        """Both together; `ours` and `theirs` map old domain numbers to new ones."""
+        """What both have, together; `ours` and `theirs` map old domain numbers to new ones."""
         out = LayerStats()
         for name in self.arrays.keys() & other.arrays.keys():
             a, b = self.arrays[name], other.arrays[name]
@@ -86,9 +86,10 @@ class LayerStats:
             total[ours] = a
             total[theirs] = np.maximum(total[theirs], b) if name in MAXIMA else total[theirs] + b
             out.arrays[name] = total
-        for name in WORDS:
-            moved = [_renumbered(getattr(x, name), new) for x, new in ((self, ours), (other, theirs))]
-            setattr(out, name, add_up(np.concatenate(moved)))
+        if all(len(x.vocabulary) or not x.arrays["count"].any() for x in (self, other)):  # else one has not counted
+            for name in WORDS:
+                moved = [_renumbered(getattr(x, name), new) for x, new in ((self, ours), (other, theirs))]
+                setattr(out, name, add_up(np.concatenate(moved)))
         return out
 
     def select(self, domain: int) -> LayerStats:
@@ -196,7 +197,10 @@ class Stats:
     def __add__(self, other: Stats) -> Stats:
         if self.layout_hash != other.layout_hash or self.layers.keys() != other.layers.keys():
             raise PlanError(
-                "statistics of different models cannot be added", expected=self.layout_hash, got=other.layout_hash
+                "statistics of different models cannot be added",
+                expected=self.layout_hash,
+                got=other.layout_hash,
+                fix="measure both texts on the same model",
             )
         domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
         ours, theirs = (np.array([domains.index(x) for x in part.domains], np.int64) for part in (self, other))
@@ -261,16 +265,19 @@ class Stats:
                     fix="measure again",
                 )
             layers = {index: LayerStats.load(path / layer_file(index)) for index in head["layers"]}
+            counts = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
+            return cls(head["layout_hash"], tuple(head["domains"]), *counts, layers, head["manifest"])
         except FileNotFoundError as error:
             raise DataError(
-                "these are no statistics", where=error.filename, expected="a folder written by moekit"
+                "these are no statistics",
+                where=error.filename,
+                expected="a folder written by `moekit measure`",
+                fix="measure first, or give the folder that holds stats.json",
             ) from None
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(
                 "the statistics are damaged", where=path, got=str(error)[:200], fix="measure again"
             ) from None
-        counts = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
-        return cls(head["layout_hash"], tuple(head["domains"]), *counts, layers, head["manifest"])
 
 
 def layer_file(index: int) -> str:
