@@ -2,8 +2,8 @@
 
 Dropping experts never changes a number: tensors of one expert are left out or renumbered, fused tensors, router rows,
 biases and quantisation scales are sliced along their expert axis, all else is copied byte for byte: fp8 and mxfp4
-weights are never dequantised. Multi-token-prediction layers share the number of experts with the rest
-of the model, but no statistics tell which of theirs matter: they leave a model that loses experts.
+weights are never dequantised. Multi-token-prediction layers share the number of experts with the rest of the model, but
+no statistics tell which of theirs matter: they leave a model that loses experts.
 """
 
 from __future__ import annotations
