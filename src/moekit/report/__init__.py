@@ -1,0 +1,7 @@
+"""Reports of traces: one self-contained HTML page (`page`), and the same numbers as JSON (`data`)."""
+
+from moekit.report.data import collect
+from moekit.report.page import render
+from moekit.report.write import write
+
+__all__ = ["collect", "render", "write"]
