@@ -30,6 +30,11 @@ SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight"
 QUANTISED = SCALES | {"_blocks": ""}
 
 
+def quantised_suffix(name: str) -> str:
+    """The key of `QUANTISED` that `name` ends in, or ""."""
+    return next((x for x in QUANTISED if name.endswith(x)), "")
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a tensor on disk goes.
@@ -96,7 +101,7 @@ class NameMap:
     def place(self, name: str) -> Placement | None:
         """The placement of disk tensor `name`, or None when the stock model has no use for it."""
         found = self._place(name, name, "")
-        suffix = next((x for x in QUANTISED if name.endswith(x)), "")
+        suffix = quantised_suffix(name)
         if found is None and suffix:
             found = self._place(name, name.removesuffix(suffix) + QUANTISED[suffix], suffix)
         return found

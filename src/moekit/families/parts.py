@@ -7,8 +7,8 @@ from collections import defaultdict
 from dataclasses import replace
 from math import prod
 
-from moekit.checkpoint.reader import Checkpoint
-from moekit.families.names import SCALES, Placement, natural_key
+from moekit.checkpoint.reader import Checkpoint, TensorInfo
+from moekit.families.names import SCALES, Placement, natural_key, quantised_suffix
 from moekit.layout import ExpertTensor, MoELayer, Part
 
 
@@ -49,11 +49,12 @@ def mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]
     return out
 
 
-def _params(checkpoint: Checkpoint, name: str) -> int:
-    info = checkpoint.tensors[name]
-    if name.endswith("_blocks"):
+def _params(info: TensorInfo, placement: Placement | None) -> int:
+    """Parameters that a tensor holds; scales of quantised weights are none."""
+    suffix = placement.suffix if placement else quantised_suffix(info.name)
+    if suffix == "_blocks":
         return 2 * info.bytes  # two 4-bit values a byte
-    return 0 if name.endswith(tuple(SCALES)) else prod(info.shape)
+    return 0 if suffix in SCALES else prod(info.shape)
 
 
 def count_parts(
@@ -92,7 +93,7 @@ def count_parts(
             part = roles[name]
         else:
             part = _part_of(placed[name].key, layers_path)
-        parts[part] += Part(info.bytes, _params(checkpoint, name))
+        parts[part] += Part(info.bytes, _params(info, placed.get(name)))
     return parts
 
 
