@@ -30,11 +30,7 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "gate_mass": ("scores", "E", "sum of g_j(t)"),
     "sequence_share": ("scores", "E", "sum over sequences of the share of their tokens routed to j (fTRI)"),
     "sequence_share_sq": ("scores", "E", "the same of its square, for intervals"),
-    "sequence_mass": (
-        "scores",
-        "E",
-        "sum over sequences of the mean of g_j over their tokens (fTRI)",
-    ),
+    "sequence_mass": ("scores", "E", "sum over sequences of the mean of g_j over their tokens (fTRI)"),
     "sequence_mass_sq": ("scores", "E", "the same of its square, for intervals"),
     "norm": ("scores", "E", "sum over T_j of |f_j| (EAN)"),
     "norm_sq": ("scores", "E", "sum over T_j of |f_j|^2 (MSAN)"),
@@ -48,7 +44,7 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "transition": ("routing", "FE", "pairs (i chosen in the previous MoE layer, j chosen here), all pairs of a token"),
     "position_tokens": ("routing", "P", "tokens in a position bucket"),
     "entropy": ("routing", "P", "sum of the router's entropy, nats, by position bucket"),
-    "margin": ("routing", "P", "sum of p_k - p_(k+1), the router's confidence, by position bucket"),
+    "margin": ("routing", "P", "sum of the lowest chosen score less the highest other one, by position bucket"),
 }
 MAXIMA = frozenset({"peak"})
 PER_SEQUENCE = ("sequence_share", "sequence_share_sq", "sequence_mass", "sequence_mass_sq")  # rows of one forward each
