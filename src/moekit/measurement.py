@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from moekit import __version__
 from moekit.data import Batch, Dataset
@@ -28,6 +29,7 @@ from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
 from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
 
+SHIFT_ROWS = 256
 TALLY_KEYS = 8 << 20  # distinct (domain, token id, expert) held in memory by all layers together
 
 
@@ -104,7 +106,7 @@ class Gatherer(Observer):
         number, batch = self.batch
         layer, domain = call.layer, batch.domain
         sums = {name: array[domain] for name, array in self.sums[layer.index].items()}
-        keep = self._real.to(call.ids.device)
+        keep = slice(None) if self._all_real else self._real.to(call.ids.device)
         ids = call.ids[keep].long()
         flat = ids.reshape(-1)
 
@@ -118,19 +120,18 @@ class Gatherer(Observer):
         if "scores" in self.groups:
             norms = self._norms[keep]
             gated = norms if layer.router.weighs_input else weights * norms
-            shift = _shift(call.residual[keep], output.reshape(call.ids.shape[0], -1)[keep])
+            shift = _shift(call.residual, output.reshape(call.residual.shape))[keep]
             sums["norm"] += by_expert(norms)
             sums["norm_sq"] += by_expert(norms * norms)
             sums["gated_norm"] += by_expert(gated)
             sums["easy_ep"] += by_expert(shift[:, None] * gated)
         if "routing" in self.groups:
             logits = call.logits[keep].float()
-            self._check_logits(layer, logits, ids)
-            banned = call.logits[keep] == torch.finfo(call.logits.dtype).min  # a plan that runs live
-            wanted = logits.masked_fill(banned, 0.0)
-            sums["logit"] += wanted.sum(0, dtype=torch.float64).cpu()
-            sums["logit_gram"] += (wanted.T @ wanted).double().cpu()
             self._routing(layer, number, batch, sums, logits, ids)
+            if bool(logits.amin() <= (lowest := torch.finfo(call.logits.dtype).min)):  # a plan that runs live
+                logits = logits.masked_fill(logits <= lowest, 0.0)
+            sums["logit"] += logits.sum(0).double().cpu()
+            sums["logit_gram"] += (logits.T @ logits).double().cpu()
         if "vocabulary" in self.groups:
             self._vocabulary(layer, batch, ids)
 
@@ -157,7 +158,7 @@ class Gatherer(Observer):
 
     @contextlib.contextmanager
     def compared(self, view: MoEView, layers: Sequence[int]) -> Iterator[None]:
-        """Refuse calls whose experts are not those that the layer's router has just chosen; enter this before `watch`."""
+        """Refuse calls whose experts are not those that the router has just chosen; to be entered before `watch`."""
 
         def note(index: int, outputs: tuple) -> None:
             self._announced[index] = view.family.routing(outputs)[1]
@@ -172,15 +173,6 @@ class Gatherer(Observer):
             for handle in handles:
                 handle.remove()
             self._announced.clear()
-
-    def _check_logits(self, layer: MoELayer, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        """Refuse a trace in which the router's logits do not explain its choice (where nothing else decides)."""
-        if not layer.router.follows_logits:
-            return
-        lowest = logits.gather(1, ids).amin(-1)
-        better = (logits > lowest[:, None]).sum(-1)
-        if bool((better >= layer.top_k).any()):
-            raise _mismatch(layer, "experts were chosen that the logits do not favour")
 
     def _routing(
         self,
@@ -198,16 +190,32 @@ class Gatherer(Observer):
             came = _one_hot(before.to(ids.device).long(), sums["transition"].shape[0])
             sums["transition"] += (came.T @ chosen).double().cpu()
         self.previous[number] = ids.to(torch.int16).cpu()
-        scores = logits.sigmoid() if layer.router.score.startswith("sigmoid") else logits.softmax(-1)
-        scores = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-        entropy = -torch.special.xlogy(scores, scores).sum(-1)
-        best = scores.topk(min(layer.top_k + 1, layer.num_experts), -1).values
-        margin = best[:, layer.top_k - 1] - (best[:, layer.top_k] if best.shape[1] > layer.top_k else 0.0)
-        self.margin = margin
+        entropy, self.margin = self._confidence(layer, logits, ids)
         bucket = torch.from_numpy(position_bucket(batch.positions[batch.mask].numpy()))
         sums["position_tokens"] += torch.bincount(bucket, minlength=POSITION_BUCKETS)
-        for name, values in (("entropy", entropy), ("margin", margin)):
+        for name, values in (("entropy", entropy), ("margin", self.margin)):
             sums[name] += torch.bincount(bucket, weights=values.double().cpu(), minlength=POSITION_BUCKETS)
+
+    def _confidence(
+        self, layer: MoELayer, logits: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entropy of the router's scores, nats, and the lowest chosen score less the highest other one; both [T].
+
+        Raises:
+            ModelError: the logits do not explain the choice, where nothing else decides.
+        """
+        empty = ids == layer.num_experts
+        lowest = logits.gather(1, ids.masked_fill(empty, 0)).masked_fill(empty, torch.inf).amin(-1)
+        other = nn.functional.pad(logits, (0, 1)).scatter_(1, ids, -torch.inf)[:, : layer.num_experts].amax(-1)
+        if layer.router.follows_logits and bool((other > lowest).any()):
+            raise _mismatch(layer, "experts were chosen that the logits do not favour")
+        lowest = lowest.where(lowest.isfinite(), other)  # no expert at all
+        if layer.router.score.startswith("sigmoid"):
+            logits, lowest, other = (nn.functional.logsigmoid(x) for x in (logits, lowest, other))
+        total = logits.logsumexp(-1)
+        logs = logits - total[:, None]
+        entropy = -(logs.exp() * logs).sum(-1)
+        return entropy, (lowest - total).exp() - (other - total).exp()
 
     def _vocabulary(self, layer: MoELayer, batch: Batch, ids: torch.Tensor) -> None:
         ids_TK = ids.cpu().numpy()
@@ -236,9 +244,10 @@ def _unpacked(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _shift(residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """max(0, 1 - cos(h, h + y)) for each token [T]."""
-    h, y = residual.float(), output.float()
-    return (1 - torch.cosine_similarity(h, h + y, dim=-1)).clamp_min(0)
+    """max(0, 1 - cos(h, h + y)) for each token [T]; in blocks that stay in the processor's cache."""
+    blocks = zip(residual.split(SHIFT_ROWS), output.split(SHIFT_ROWS), strict=True)
+    cosines = [torch.cosine_similarity(h.float(), h.float() + y.float(), dim=-1) for h, y in blocks]
+    return (1 - torch.cat(cosines)).clamp_min(0)
 
 
 def _one_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Recorder(Gatherer):
         super().finished(call, output)
         if self.writer is None:
             return
-        keep = self._real.to(call.ids.device)
+        keep = slice(None) if self._all_real else self._real.to(call.ids.device)
         arrays = {"ids": call.ids[keep], "weights": call.weights[keep].half(), "margin": self.margin.half()}
         if self.writer.logits:
             arrays["logits"] = call.logits[keep].half()
