@@ -9,50 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.nn.functional import silu
 
-import zoo
 from moekit.data import Batch, Dataset
 from moekit.errors import DataError, PlanError
 from moekit.families.model import Model
 from moekit.measurement import Gatherer, measure
 from moekit.stats import FIELDS, POSITION_BUCKETS, Stats, position_bucket
 from moekit.view import MoEView
+from tiny import batch, dataset
 
 DOMAINS = ("code", "prose")
 EXACT = {"count", "coactivation", "transition", "position_tokens"}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """The tiny model of a family, saved once."""
-    known: dict[str, Model] = {}
-
-    def get(family: str) -> Model:
-        if family not in known:
-            known[family] = Model.open(zoo.save(family, tmp_path_factory.mktemp(family) / "model"))
-        return known[family]
-
-    return get
-
-
-def batch(domain: int, *lengths: int, seed: int = 0, pad: int = 0) -> Batch:
-    """Rows of these lengths, padded to the first with `pad`."""
-    generator = torch.Generator().manual_seed(100 * domain + seed)
-    ids = torch.randint(3, 40, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Batch(domain, ids.masked_fill(~mask, pad), mask)
-
-
-def dataset(*batches: Batch, domains: tuple[str, ...] = DOMAINS) -> Dataset:
-    return Dataset(domains, list(batches), 12)
 
 
 DATA = dataset(batch(0, 12, 9, 1), batch(0, 7, 7, seed=1), batch(1, 10, 2))
@@ -182,11 +150,11 @@ class Loop:
         self.add(index, "logit_gram", domain, np.outer(logits, logits))
         scores = logits.sigmoid() if layer.router.score == "sigmoid" else logits.softmax(0)
         scores = (scores / scores.sum()).tolist()
-        ranked = sorted(scores, reverse=True)
+        margin = min(scores[e] for e in ids) - max(scores[e] for e in range(E) if e not in ids)
         bucket = np.eye(POSITION_BUCKETS)[0 if position == 0 else int(math.log2(position)) + 1]
         self.add(index, "position_tokens", domain, bucket)
         self.add(index, "entropy", domain, bucket * -sum(p * math.log(p) for p in scores))
-        self.add(index, "margin", domain, bucket * (ranked[layer.top_k - 1] - ranked[layer.top_k]))
+        self.add(index, "margin", domain, bucket * margin)
 
     def add(self, index: int, name: str, domain: int, values: np.ndarray) -> None:
         sums = self.sums[index].setdefault(name, np.zeros((len(DOMAINS), *values.shape)))

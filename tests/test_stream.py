@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import giant
-import zoo
 from moekit import stream as streaming
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.loader import Loader
@@ -26,25 +24,6 @@ from moekit.stream import Checkpoints, Fork, Stream
 # A pair goes from layer to layer in the last two; inkling's routers score shared experts too.
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "jamba", "inkling_text", "zaya", "hy_v4"]
 LAYERS = 3  # of the tiny models used here, but jamba
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """The tiny model of a family, saved once."""
-    known: dict[str, Model] = {}
-
-    def get(family: str) -> Model:
-        if family not in known:
-            known[family] = Model.open(zoo.save(family, tmp_path_factory.mktemp(family) / "model"))
-        return known[family]
-
-    return get
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000
+BLOCK = 1 << 20  # sequences drawn at once
 LEVEL = 0.95
 
 
@@ -38,8 +39,12 @@ def ratio_interval(
     Returns:
         The estimate; its interval is the estimate itself where there is one sequence only.
     """
-    draws = np.random.default_rng(seed).integers(0, len(numerators), (RESAMPLES, len(numerators)))
-    samples = numerators[draws].sum(1) / denominators[draws].sum(1)
+    rng, count = np.random.default_rng(seed), len(numerators)
+    block = max(1, BLOCK // count)
+    samples = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, block):
+        draws = rng.integers(0, count, (len(samples[start : start + block]), count))
+        samples[start : start + block] = numerators[draws].sum(1) / denominators[draws].sum(1)
     tail = (1 - LEVEL) / 2
     values = np.array([numerators.sum() / denominators.sum(), *np.quantile(samples, (tail, 1 - tail))])
     return Interval(*(np.exp(values) if exponential else values).tolist())
