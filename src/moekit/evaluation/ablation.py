@@ -196,14 +196,14 @@ def ablate(
         CheckpointError: weights cannot be read.
     """
     layout = model.layout
-    sets = [_checked(layout, x) for x in experts]
+    sets = [checked(layout, x) for x in experts]
     if not sets:
         raise PlanError("no expert to switch off", fix="name experts as LAYER.EXPERT")
     run = Removal(model, split_rows(data, layout.vocab_size), renormalise, dtype, device, progress)
     run.clean()
     if missing := [name for i, name in enumerate(data.domains) if not run.tokens(i).sum()]:
         raise DataError(f"the domain {missing[0]!r} has no token to predict", fix="give longer texts")
-    random = {x: _random_controls(layout, x, controls, seed) for x in sets}
+    random = {x: random_controls(layout, x, controls, seed) for x in sets}
     matched = {
         (x, i): _matched_controls(x, {layer: run.share(layer, i) for layer in {e.layer for e in x}}, controls)
         for x in sets
@@ -257,9 +257,16 @@ def _tested(
     )
 
 
-def _checked(layout: Layout, experts: ExpertId | Collection[ExpertId]) -> Removed:
+def checked(layout: Layout, experts: ExpertId | Collection[ExpertId]) -> Removed:
+    """One expert or several, ascending.
+
+    Raises:
+        PlanError: none, or one that the model has not.
+    """
     several = [experts] if isinstance(experts, ExpertId) else experts
     out = tuple(sorted({ExpertId(*x) for x in several}))
+    if not out:
+        raise PlanError("no expert to switch off", fix="name experts as LAYER.EXPERT")
     for layer, expert in out:
         found = layout.by_index.get(layer)
         if found is None or found.mtp:
@@ -277,8 +284,8 @@ def _checked(layout: Layout, experts: ExpertId | Collection[ExpertId]) -> Remove
     return out
 
 
-def _random_controls(layout: Layout, experts: Removed, number: int, seed: int) -> list[Removed]:
-    """Sets like `experts`, drawn by lot from the same layers."""
+def random_controls(layout: Layout, experts: Removed, number: int, seed: int) -> list[Removed]:
+    """At most `number` sets like `experts`, drawn by lot from the same layers, the same for all sets of a layer."""
     lots = {}
     for layer in {x.layer for x in experts}:
         order = np.random.default_rng([seed, layer]).permutation(layout.by_index[layer].num_experts).tolist()

@@ -5,6 +5,6 @@
 
 from moekit.methods._registry import METHODS, Method, get, method, names
 from moekit.methods.prune import make_plan, removed_gate_mass
-from moekit.methods.super_experts import super_experts
+from moekit.methods.super_experts import peaks, super_experts
 
-__all__ = ["METHODS", "Method", "get", "make_plan", "method", "names", "removed_gate_mass", "super_experts"]
+__all__ = ["METHODS", "Method", "get", "make_plan", "method", "names", "peaks", "removed_gate_mass", "super_experts"]

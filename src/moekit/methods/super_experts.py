@@ -16,6 +16,8 @@ experts usually fire). The percentile always leaves some experts above it: in a 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moekit.layout import ExpertId, Layout
@@ -40,3 +42,36 @@ def super_experts(stats: Stats, layout: Layout) -> frozenset[ExpertId]:
         if index < deepest
         for expert in np.flatnonzero(peak_E > bar)
     )
+
+
+class Peak(NamedTuple):
+    """How extreme an expert's outputs are.
+
+    Attributes:
+        expert: layer and number.
+        peak: largest |element| of its unweighted output.
+        over_median: `peak` over the median of all experts' peaks.
+        share: of the tokens that choose it.
+    """
+
+    expert: ExpertId
+    peak: float
+    over_median: float
+    share: float
+
+
+def peaks(stats: Stats, layout: Layout) -> list[Peak]:
+    """Every expert, largest peak first.
+
+    Raises:
+        DataError: the peaks were not measured.
+    """
+    every = np.concatenate([stats.get("peak", layer.index) for layer in layout.routed])
+    median, tokens = float(np.median(every)), stats.token_count()
+    found = []
+    for layer in layout.routed:
+        counts_E = stats.get("count", layer.index)
+        for expert, peak in enumerate(stats.get("peak", layer.index).tolist()):
+            over = peak / median if median else float("inf")
+            found.append(Peak(ExpertId(layer.index, expert), peak, over, float(counts_E[expert] / max(tokens, 1))))
+    return sorted(found, key=lambda x: (-x.peak, x.expert))
