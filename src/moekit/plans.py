@@ -1,17 +1,17 @@
 """A Plan: what to do to a model, as data that a person can read, compare and keep.
 
-Methods make plans; `moekit.apply` carries them out, on disk (bake) or on a live model (live). A plan names the layout that
-it was made for and is checked against it before anything is loaded.
+Methods make plans; `moekit.apply` carries them out, on disk (bake) or on a live model (live). A plan names the layout
+that it was made for and is checked against it before anything is loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
@@ -23,6 +23,8 @@ class Op(BaseModel):
     """One change to one layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
 
 
 class Drop(Op):
@@ -36,6 +38,42 @@ class Drop(Op):
     op: Literal["drop"] = "drop"
     layer: int
     experts: tuple[int, ...]
+
+
+class Group(BaseModel):
+    """Experts that become one.
+
+    Attributes:
+        members: the experts, the dominant one first: it gives place, router row and the order of hidden units.
+        weights: share of each member in the mean of their weights; they sum to 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class Merge(Op):
+    """Replace groups of a layer's experts by their weighted means. Experts in no group stay as they are.
+
+    Attributes:
+        layer: decoder layer index.
+        groups: disjoint groups of at least two experts.
+        align: first bring every member's hidden units into the order of the dominant one's that they resemble most.
+        router: "dominant" keeps the dominant expert's router row, "weighted" takes the weighted mean of the rows.
+    """
+
+    op: Literal["merge"] = "merge"
+    layer: int
+    groups: tuple[Group, ...]
+    align: bool = True
+    router: Literal["dominant", "weighted"] = "dominant"
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Experts that vanish into another."""
+        return tuple(sorted(e for group in self.groups for e in group.members[1:]))
 
 
 class Plan(BaseModel):
@@ -54,23 +92,26 @@ class Plan(BaseModel):
 
     version: int = VERSION
     layout_hash: str
-    ops: list[Drop] = []
+    ops: list[Annotated[Drop | Merge, Field(discriminator="op")]] = []
     method: str = ""
     settings: dict = {}
     made_from: dict = {}
     notes: list[str] = []
 
     def dropped(self) -> dict[int, tuple[int, ...]]:
-        """Experts to remove by decoder layer index, ascending."""
+        """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""
         out: dict[int, set[int]] = {}
         for op in self.ops:
-            if isinstance(op, Drop):
-                out.setdefault(op.layer, set()).update(op.experts)
+            out.setdefault(op.layer, set()).update(op.experts if isinstance(op, Drop) else op.gone)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(out.items()) if experts}
 
     def dropped_live(self, layout: Layout) -> dict[int, tuple[int, ...]]:
         """`dropped` for the layers that the stock model runs."""
         return {layer.index: gone for layer in layout.routed if (gone := self.dropped().get(layer.index))}
+
+    def merges(self) -> dict[int, Merge]:
+        """The merge of each layer that has one."""
+        return {op.layer: op for op in self.ops if isinstance(op, Merge)}
 
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
@@ -103,6 +144,10 @@ class Plan(BaseModel):
             if experts[0] < 0 or experts[-1] >= layer.num_experts:
                 raise PlanError(f"layer {index} has no expert {experts[-1]}", expected=f"0 to {layer.num_experts - 1}")
             check_feasible(layer, self.kept(layer))
+        for index, op in self.merges().items():
+            check_merge(op, self.ops)
+            if max(e for group in op.groups for e in group.members) >= layout.by_index[index].num_experts:
+                raise PlanError(f"layer {index} has not that many experts", expected=layout.by_index[index].num_experts)
 
     def check_bakeable(self, layout: Layout) -> None:
         """Refuse a plan whose result no stock model loads: different numbers of experts in different layers."""
@@ -164,6 +209,27 @@ class Plan(BaseModel):
             raise PlanError("this is not a plan", where=path, got=str(error)[:200]) from None
 
 
+def check_merge(merge: Merge, ops: Sequence[Op]) -> None:
+    """Refuse a merge whose groups contradict themselves or another op.
+
+    Raises:
+        PlanError: groups that overlap or have one member, weights that do not sum to 1, an expert that is also dropped.
+    """
+    where = f"layer {merge.layer}"
+    members = [e for group in merge.groups for e in group.members]
+    if len(members) != len(set(members)) or any(len(group.members) < 2 for group in merge.groups):
+        raise PlanError("groups to merge must be disjoint and have at least two experts", where=where)
+    for group in merge.groups:
+        if len(group.weights) != len(group.members) or abs(sum(group.weights) - 1) > 1e-6 or min(group.weights) < 0:
+            raise PlanError("weights of a merged group must sum to 1", where=where, got=list(group.weights))
+    others = [op for op in ops if op is not merge and op.layer == merge.layer]
+    if any(isinstance(op, Merge) for op in others):
+        raise PlanError("a layer can be merged once", where=where)
+    dropped = {e for op in others if isinstance(op, Drop) for e in op.experts}
+    if dropped & set(members):
+        raise PlanError("an expert cannot be dropped and merged", where=where, got=sorted(dropped & set(members)))
+
+
 def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:
     """Refuse a choice of experts that the layer's router cannot work with.
 
@@ -198,12 +264,17 @@ def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:
 
 
 def keep_count(layer: MoELayer, keep: float | int) -> int:
-    """How many experts of a layer a budget keeps: a share (0 < keep < 1, or 1.0) or a number, rounded to what groups allow.
+    """How many experts of a layer a budget keeps, rounded to what groups allow.
+
+    Args:
+        layer: the layer.
+        keep: a share (float in (0, 1]) or a number (int).
 
     Raises:
         PlanError: not a share or a number, or too few for top_k or the groups.
     """
-    if isinstance(keep, float) and not 0 < keep <= 1 or isinstance(keep, int) and not 1 <= keep <= layer.num_experts:
+    possible = 1 <= keep <= layer.num_experts if isinstance(keep, int) else 0 < keep <= 1
+    if not possible:
         raise PlanError(
             "impossible number of experts to keep", expected=f"a share in (0, 1] or 1 to {layer.num_experts}", got=keep
         )

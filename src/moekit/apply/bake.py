@@ -2,8 +2,9 @@
 
 Dropping experts never changes a number: tensors of one expert are left out or renumbered, fused tensors, router rows,
 biases and quantisation scales are sliced along their expert axis, all else is copied byte for byte: fp8 and mxfp4
-weights are never dequantised. Multi-token-prediction layers share the number of experts with the rest of the model, but
-no statistics tell which of theirs matter: they leave a model that loses experts.
+weights are never dequantised. Merging makes new numbers for the experts that stay, a layer at a time. Multi-token-
+prediction layers share the number of experts with the rest of the model, but no statistics tell which of theirs matter:
+they leave a model that loses experts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import importlib.metadata
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -22,11 +23,13 @@ from pathlib import Path
 import torch
 
 from moekit import __version__
+from moekit.apply.merge import MergedTensors
 from moekit.checkpoint.place import write_text
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
 from moekit.checkpoint.writer import Copy, Make, OutTensor, write_checkpoint
 from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
+from moekit.families.loader import Loader
 from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plans import Plan
@@ -133,15 +136,20 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     layout = understanding.layout
     plan.check_bakeable(layout)
     dropped = plan.dropped()
+    merged = MergedTensors(Loader(checkpoint, understanding), layout, plan) if plan.merges() else None
     gone = set(_mtp_tensors(understanding)) if dropped else set()
     new: dict[str, OutTensor] = {}
     for layer in layout.routed:
         if layer.index in dropped:
             kept = plan.kept(layer)
-            new |= {x.name: _slice(checkpoint, layer, x, kept) for x in layer.tensors if x.expert is None}
+            made = {name: merged.reader(layer, name) for name in merged.changed(layer)} if merged else {}
+            for tensor in layer.tensors:
+                if tensor.expert is None:
+                    new[tensor.name] = _slice(checkpoint, layer, tensor, kept, made.get(tensor.name))
             for name, expert, places in _of_one_expert(layer, understanding.unused):
                 if expert in kept:
-                    new[name] = _copy(checkpoint.info(name), _renumbered(name, places, kept.index(expert)))
+                    copied = _copy(checkpoint.info(name), _renumbered(name, places, kept.index(expert)))
+                    new[name] = replace(copied, source=Make(made[name])) if name in made else copied
                 else:
                     gone.add(name)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
@@ -169,8 +177,17 @@ def _copy(info: TensorInfo, name: str) -> OutTensor:
     return OutTensor(name, info.dtype, info.shape, Copy(info.file, ((info.start, info.end),)))
 
 
-def _slice(checkpoint: Checkpoint, layer: MoELayer, tensor: ExpertTensor, kept: tuple[int, ...]) -> OutTensor:
-    """A tensor with an expert axis, cut to the kept experts; what lies behind the experts (shared, null) stays."""
+def _slice(
+    checkpoint: Checkpoint,
+    layer: MoELayer,
+    tensor: ExpertTensor,
+    kept: tuple[int, ...],
+    made: Callable[[], torch.Tensor] | None = None,
+) -> OutTensor:
+    """A tensor with an expert axis, cut to the kept experts; what lies behind the experts (shared, null) stays.
+
+    `made` gives the tensor where it is not the one on disk.
+    """
     info, axis, count = checkpoint.info(tensor.name), tensor.axis or 0, layer.num_experts
     if tensor.role == "table":
         return OutTensor(
@@ -189,10 +206,12 @@ def _slice(checkpoint: Checkpoint, layer: MoELayer, tensor: ExpertTensor, kept: 
     each = length // count if tensor.role == "expert" and length % count == 0 else 1
     runs = _joined([*((e * each, (e + 1) * each) for e in kept), (count * each, length)])
     shape = (*info.shape[:axis], sum(end - start for start, end in runs), *info.shape[axis + 1 :])
-    if axis == 0:
+    if axis == 0 and made is None:
         spans = tuple((info.start + start * info.row_bytes, info.start + end * info.row_bytes) for start, end in runs)
         return OutTensor(info.name, info.dtype, shape, Copy(info.file, spans))
-    return OutTensor(info.name, info.dtype, shape, Make(partial(_read_runs, checkpoint, info.name, axis, runs)))
+    return OutTensor(
+        info.name, info.dtype, shape, Make(partial(_cut, made or partial(checkpoint.read, info.name), axis, runs))
+    )
 
 
 def _cut_table(checkpoint: Checkpoint, name: str, kept: tuple[int, ...], count: int) -> torch.Tensor:
@@ -214,9 +233,9 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _read_runs(checkpoint: Checkpoint, name: str, axis: int, runs: list[tuple[int, int]]) -> torch.Tensor:
+def _cut(read: Callable[[], torch.Tensor], axis: int, runs: list[tuple[int, int]]) -> torch.Tensor:
     index = torch.tensor([i for start, end in runs for i in range(start, end)])
-    return checkpoint.read(name).index_select(axis, index)
+    return read().index_select(axis, index)
 
 
 def _of_one_expert(layer: MoELayer, unused: list[str]) -> Iterator[tuple[str, int, list[int]]]:

@@ -165,7 +165,7 @@ def logits_of(
     """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
     model, plan = subject.model, subject.plan
     loader = model.loader(dtype, device)
-    changed = live(MoEView(loader.model, model.layout), plan) if plan else contextlib.nullcontext()
+    changed = live(MoEView(loader.model, model.layout), plan, loader) if plan else contextlib.nullcontext()
     with changed:
         yield from Stream(loader, progress=progress).run([x.ids for x in batches])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -40,6 +41,23 @@ class View(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ExpertForm:
+    """How a layer's experts keep their parameters.
+
+    Attributes:
+        names: local names of the parameters with an expert axis.
+        gated: the first projection holds gate and up.
+        interleaved: their rows alternate, instead of gate first.
+        transposed: weights are [in, out].
+    """
+
+    names: frozenset[str]
+    gated: bool
+    interleaved: bool
+    transposed: bool
+
+
 class Family:
     """The general family: experts by contract, a router that returns logits, weights and ids in some order.
 
@@ -63,6 +81,11 @@ class Family:
                 got=self.cannot_run,
                 fix="see docs/families.md for what moekit can do with each family",
             )
+
+    def expert_form(self, experts: nn.Module) -> ExpertForm:
+        """How `experts` keeps its parameters."""
+        names = frozenset(name for name, x in experts.named_parameters(recurse=False) if len(x) == experts.num_experts)
+        return ExpertForm(names, experts.has_gate, not experts.is_concatenated, experts.is_transposed)
 
     def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.

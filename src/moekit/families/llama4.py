@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moekit.families.family import Family, View
+from moekit.families.family import ExpertForm, Family, View
 from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
 
@@ -28,6 +28,10 @@ class Llama4(Family):
     def is_experts(self, module: nn.Module) -> bool:
         """Known by their class: they carry no contract."""
         return type(module).__name__ == "Llama4TextExperts"
+
+    def expert_form(self, experts: nn.Module) -> ExpertForm:
+        """Gate before up, [in, out]."""
+        return ExpertForm(frozenset({"gate_up_proj", "down_proj"}), gated=True, interleaved=False, transposed=True)
 
     def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """The scores that are not zero."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.detect import Understanding, dtype_of
+from moekit.families.family import ExpertForm
 from moekit.families.names import SCALES, Placement, convert
 from moekit.families.seam import IMPLEMENTATION
 from moekit.families.stock import build
@@ -36,6 +37,7 @@ class Loader:
     Attributes:
         model: the stock model; only what was loaded last has real parameters.
         layers: its decoder layers.
+        edit: called with (layer index, parameters) on what `read` gives, to change it on its way; None for nothing.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Loader:
         for placement in understanding.placed.values():
             self._groups[self._layer_of(placement.key)][placement.key].append(placement)
         self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+        self.edit: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
         self._tied = dict(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _layer_of(self, key: str) -> int:
@@ -86,6 +89,18 @@ class Loader:
             return OUTER
         head = key.removeprefix(self.layers_path + ".").partition(".")[0]
         return int(head) if head.isdigit() else OUTER
+
+    def placements(self, index: int) -> dict[str, list[Placement]]:
+        """The disk tensors of one decoder layer (or of `OUTER`) by the parameter that they go to."""
+        return self._groups[index]
+
+    def expert_form(self, experts_path: str) -> ExpertForm:
+        """How the experts module at a path keeps its parameters."""
+        return self._family.expert_form(self.model.get_submodule(experts_path))
+
+    def on_disk(self, name: str) -> torch.dtype:
+        """The dtype of a tensor on disk."""
+        return DTYPES[self.checkpoint.info(name).dtype]
 
     def layer_bytes(self, index: int) -> int:
         """Bytes on disk of one decoder layer (or of `OUTER`)."""
@@ -102,7 +117,7 @@ class Loader:
             if index == OUTER and re.search(r"vision|visual|audio", key):
                 continue  # text needs no towers
             out |= self._read_parameter(key, group)
-        return out
+        return self.edit(index, out) if self.edit else out
 
     def _read_parameter(self, key: str, group: list[Placement]) -> dict[str, torch.Tensor]:
         weights = [x for x in group if x.suffix not in SCALES]
