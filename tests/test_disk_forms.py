@@ -285,6 +285,13 @@ def test_fused_experts_are_read_in_either_orientation(tmp_path: Path) -> None:
     assert torch.equal(streamed(small, name), stock_logits(small, name))
 
 
+def test_what_stock_loading_resets_is_reset(tmp_path: Path) -> None:
+    tensors, config = saved(tmp_path / "usual", "zaya")
+    moved = {k: x + 0.3 if k.endswith("balancing_biases") else x for k, x in tensors.items()}
+    folder = write(tmp_path / "moved", moved, config)
+    assert torch.equal(streamed(folder, "zaya"), stock_logits(folder, "zaya"))
+
+
 # ---- multi-token prediction
 
 
