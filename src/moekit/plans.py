@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
+from moekit.markup import html_table
 
 VERSION = 1
 
@@ -174,6 +175,12 @@ class Plan(BaseModel):
             if a != b:
                 lines.append(f"layer {layer}: only here {sorted(a - b)}, only there {sorted(b - a)}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        changes = [(op.layer, op.op, op.model_dump(exclude={"layer", "op"})) for op in self.ops]
+        rows = [(layer, op, ", ".join(f"{name} {value}" for name, value in x.items())) for layer, op, x in changes]
+        caption = f"Plan of {len(self.ops)} changes by {self.method or 'hand'} for layout {self.layout_hash}"
+        return html_table(caption, ("layer", "change", "what"), rows)
 
     def save(self, file: str | Path) -> Path:
         """Write as JSON, one op a line."""

@@ -20,6 +20,7 @@ import numpy as np
 from moekit.arrays import read_arrays, write_arrays
 from moekit.errors import DataError, PlanError, did_you_mean
 from moekit.layout import Layout
+from moekit.markup import html_table
 
 SCHEMA = 1
 POSITION_BUCKETS = 21  # bucket b > 0 holds positions 2^(b-1) .. 2^b - 1; bucket 0 is position 0
@@ -215,6 +216,16 @@ class Stats:
             {i: x.merged(other.layers[i], ours, theirs, len(domains)) for i, x in self.layers.items()},
             {"added": [*_parts(self.manifest), *_parts(other.manifest)]},
         )
+
+    def __repr__(self) -> str:
+        tokens = int(self.tokens.sum())
+        return f"<Stats of {len(self.layers)} MoE layers on {tokens:,} tokens of {', '.join(self.domains)}>"
+
+    def _repr_html_(self) -> str:
+        rows = zip(self.domains, self.tokens.tolist(), self.sequences.tolist(), strict=True)
+        measured = {name for layer in self.layers.values() for name in layer.arrays}
+        caption = f"{repr(self)[1:-1]}; measured: {', '.join(x for x in FIELDS if x in measured)}"
+        return html_table(caption, ("domain", "tokens", "sequences"), rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder: stats.json (manifest) and one safetensors file a layer; appears whole or not at all."""

@@ -23,6 +23,7 @@ from moekit.data import Batch, Dataset
 from moekit.errors import DataError
 from moekit.evaluation.intervals import Interval, ratio_interval
 from moekit.families.model import Model
+from moekit.markup import html_table
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.stream import Stream
@@ -89,6 +90,18 @@ class Evaluation:
             compared = f"{x.ratio.value:>10.3f}{x.kl.value:>9.4f}{x.agreement.value:>16.1%}" if x.kl else ""
             lines.append(f"{name:<14}{x.tokens:>9,}{x.perplexity.value:>12.3f}{compared}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        names = {
+            "tokens": "tokens",
+            "perplexity": "perplexity",
+            "ratio": "times the source's",
+            "kl": "KL, nats",
+            "agreement": "same top token",
+        }
+        known = [name for name in names if any(getattr(x, name) is not None for x in self.domains.values())]
+        rows = [(domain, *(getattr(x, name) for name in known)) for domain, x in self.domains.items()]
+        return html_table("Evaluation with 95% intervals", ("domain", *(names[x] for x in known)), rows)
 
     def rows(self) -> list[dict[str, object]]:
         """One flat row a domain, for tables."""

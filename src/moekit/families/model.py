@@ -17,6 +17,7 @@ from moekit.families.detect import Understanding, dtype_of, understand
 from moekit.families.loader import Loader
 from moekit.families.stock import model_class
 from moekit.layout import Layout
+from moekit.markup import html_table
 
 
 class Model:
@@ -101,3 +102,8 @@ class Model:
             f"<Model {self.name}: {layout.family}, {len(layout.routed)} MoE layers x {first.num_experts} experts, "
             f"top-{first.top_k}, {total.params / 1e6:,.1f} M parameters, {total.bytes / 1e6:,.1f} MB>"
         )
+
+    def _repr_html_(self) -> str:
+        parts = [(name, x) for name, x in self.layout.parts.items() if x.bytes]
+        rows = [(name, f"{x.params / 1e6:,.2f} M", f"{x.bytes / 1e6:,.1f} MB") for name, x in parts]
+        return html_table(repr(self)[1:-1], ("part", "parameters", "size"), rows)
