@@ -14,13 +14,14 @@ import torch
 import transformers
 
 from family_page import DOCS, page, rows_of
-from family_proofs import Specimen, row
+from family_proofs import Recorder, Specimen, row, run
 from moekit.checkpoint.reader import Checkpoint
 from moekit.errors import ModelError
 from moekit.families.detect import understand
 from moekit.families.seam import reroute
 from moekit.layout import Layout, Router
-from zoo import MULTIMODAL, ZOO, build
+from moekit.view import MoEView
+from zoo import MULTIMODAL, ZOO, build, inputs
 
 WRITE = os.environ.get("MOEKIT_WRITE_DOCS") == "1"
 
@@ -150,6 +151,22 @@ def test_layouts_survive_json(tmp_path: Path) -> None:
     again = Layout.from_dict(layout.to_dict())
     assert again.hash == layout.hash
     assert [asdict(x) | {"tensors": ()} for x in layout.layers] == [asdict(x) for x in again.layers]
+
+
+@pytest.mark.parametrize(("name", "norm"), [("mixtral", "post_attention_layernorm"), ("flex_olmo", None)])
+def test_the_residual_is_the_stream_before_the_block(name: str, norm: str | None, tmp_path: Path) -> None:
+    specimen = Specimen(name, tmp_path)
+    given: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(specimen.stock.model.layers):
+        module = getattr(layer, norm) if norm else layer.mlp
+        module.register_forward_pre_hook(lambda _m, args, n=number: given.update({n: args[0].clone()}))
+    view = MoEView(specimen.stock, specimen.layout)
+    for length in range(5, 25):  # memory of freed tensors is used again
+        seen = Recorder(False)
+        with view.watch(seen):
+            run(specimen.stock, inputs(name, length=length))
+        for number, call in seen.calls.items():
+            assert torch.equal(call.residual, given[number].flatten(0, 1))
 
 
 # ---- what is refused
