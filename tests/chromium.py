@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,16 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 ]
+
+
+# Chromium reads its pipe from 3 and writes to 4. Both are moved away first, in case they lie crosswise.
+ON_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(x), fcntl.F_DUPFD, 10) for x in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def binary() -> str | None:
@@ -125,7 +136,7 @@ def browser(width: int = 1280, height: int = 900) -> Iterator[Page]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [program, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]
         process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" 3<&{to_chromium} 4>&{from_chromium}', "sh", *command],
+            [sys.executable, "-c", ON_3_AND_4, str(to_chromium), str(from_chromium), *command],
             pass_fds=(to_chromium, from_chromium),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

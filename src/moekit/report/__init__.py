@@ -2,6 +2,6 @@
 
 from moekit.report.data import collect
 from moekit.report.page import render
-from moekit.report.write import write
+from moekit.report.write import read_json, write
 
-__all__ = ["collect", "render", "write"]
+__all__ = ["collect", "read_json", "render", "write"]

@@ -62,17 +62,16 @@ browser. Allow them for this page, or read the same numbers in report.json.</p><
 """
 
 
-def render(payload: Mapping[str, Any], *, live: bool = False) -> str:
+def render(payload: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-        payload: from `moekit.report.data.collect`.
-        live: allow the page to ask the server that it came from (`moekit view`).
+        payload: from `moekit.report.collect`; with "live", the page may ask the server that it came from.
     """
     style, script = assets()
     facts = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in payload["facts"])
     return _PAGE.format(
-        policy=policy(live),
+        policy=policy("live" in payload),
         version=_text(__version__),
         title=_text(payload["title"]),
         summary=_text(payload["summary"]),
