@@ -19,10 +19,10 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moekit.families.products import Products
 from moekit.layout import MoELayer
 
 IMPLEMENTATION = "moekit_observed"
-ROW_BLOCK = 32  # bf16 row counts are padded to a multiple: oneDNN compiles one AMX kernel per distinct row count
 _LINEAR = {linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.addmm}
 
 
@@ -124,18 +124,19 @@ def observed_experts(
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=experts.num_experts).tolist()[: experts.num_experts]
     all_tokens, all_ranks = order % len(hidden_TD), order // len(hidden_TD)
-    block = ROW_BLOCK if hidden_TD.dtype != torch.float32 and hidden_TD.device.type == "cpu" else 1
-    out = torch.zeros_like(hidden_TD)
+    products = Products(hidden_TD, max(up[0].numel(), experts.down_proj[0].numel()))
+    out = torch.zeros_like(hidden_TD, dtype=products.dtype)
     start = 0
     for expert, count in enumerate(counts):
         if not count:
             continue
         tokens, ranks = all_tokens[start : start + count], all_ranks[start : start + count]
         start += count
-        rows = _padded(hidden_TD, tokens, block)
-        mid = _linear(rows, up[expert], None if up_bias is None else up_bias[expert], experts.is_transposed)
+        mid = products.linear(
+            products.rows(tokens), up[expert], None if up_bias is None else up_bias[expert], experts.is_transposed
+        )
         mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
-        result = _linear(
+        result = products.linear(
             mid, experts.down_proj[expert], None if down_bias is None else down_bias[expert], experts.is_transposed
         )
         if experts.has_post_expert_norm:
@@ -143,23 +144,8 @@ def observed_experts(
         result = result[:count]
         if watch is not None:
             watch(ExpertRows(expert, tokens, ranks, result))
-        out.index_add_(0, tokens, (result * weights_TK[tokens, ranks, None]).to(out.dtype))
-    return out
-
-
-def _padded(hidden_TD: torch.Tensor, tokens: torch.Tensor, block: int) -> torch.Tensor:
-    short = -len(tokens) % block
-    rows = hidden_TD.new_empty(len(tokens) + short, hidden_TD.shape[1])
-    torch.index_select(hidden_TD, 0, tokens, out=rows[: len(tokens)])
-    rows[len(tokens) :] = 0
-    return rows
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-    if not transposed:
-        return linear(rows, weight, bias)
-    out = torch.matmul(rows, weight)
-    return out if bias is None else out + bias
+        out.index_add_(0, tokens, result.mul_(weights_TK[tokens, ranks, None]).to(out.dtype))
+    return out.to(hidden_TD.dtype)
 
 
 def reroute(table_VK: torch.Tensor, banned_E: torch.Tensor) -> torch.Tensor:
