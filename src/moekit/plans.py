@@ -7,6 +7,7 @@ that it was made for and is checked against it before anything is loaded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -249,7 +250,7 @@ def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:
             f"layer {layer.index} chooses {k} experts for every token, but only {len(kept)} would be left",
             expected=f"at least {k} of {layer.num_experts}",
             got=len(kept),
-            fix=f"keep at least {k / layer.num_experts:.0%} of the experts",
+            fix=_keep_more(k, layer.num_experts),
         )
     if router.groups > 1:
         size = layer.num_experts // router.groups
@@ -266,8 +267,12 @@ def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:
                 f"layer {layer.index} would have {per_group[0]} experts in a group",
                 expected=f"at least {need} (2 for the group score, {k} in {router.groups_kept} groups for top-k)",
                 got=per_group[0],
-                fix=f"keep at least {need * router.groups / layer.num_experts:.0%} of the experts",
+                fix=_keep_more(need * router.groups, layer.num_experts),
             )
+
+
+def _keep_more(least: int, num_experts: int) -> str:
+    return f"keep at least {least} experts a layer, or {math.ceil(100 * least / num_experts)}%"
 
 
 def keep_count(layer: MoELayer, keep: float | int) -> int:
@@ -283,7 +288,11 @@ def keep_count(layer: MoELayer, keep: float | int) -> int:
     possible = 1 <= keep <= layer.num_experts if isinstance(keep, int) else 0 < keep <= 1
     if not possible:
         raise PlanError(
-            "impossible number of experts to keep", expected=f"a share in (0, 1] or 1 to {layer.num_experts}", got=keep
+            "impossible number of experts to keep",
+            where=f"keep, layer {layer.index}",
+            expected=f"a share in (0, 1] or 1 to {layer.num_experts}",
+            got=keep,
+            fix="keep fewer: 0.5 is half of them",
         )
     wanted = keep if isinstance(keep, int) else round(keep * layer.num_experts)
     groups = layer.router.groups

@@ -41,7 +41,7 @@ def check_place(out: Path, overwrite: bool) -> None:
                 "the output folder is not empty",
                 where=out,
                 expected="a new or empty folder",
-                fix="choose another folder, or ask for overwriting",
+                fix="choose another folder, or pass --overwrite",
             )
         if not (out / "config.json").is_file():
             raise OutputError(
@@ -158,16 +158,21 @@ def sign(partial: Path, identity: dict) -> None:
 
 
 def move(partial: Path, out: Path) -> None:
-    """Give the finished folder its name; what it replaces is put aside first, so that OUT is never half of anything."""
+    """Give the finished folder its name."""
+    replace(partial, out)
+    (out / JOB).unlink()  # only now: a partial folder always says whose it is
+
+
+def replace(new: Path, out: Path) -> None:
+    """Give a folder its name; what it replaces is put aside first, so that OUT is never half of anything."""
     if out.is_dir() and any(out.iterdir()):
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         out.rename(aside / out.name)
-        partial.rename(out)
+        new.rename(out)
         shutil.rmtree(aside)
     else:
-        partial.rename(out)
+        new.rename(out)
     sync(out.parent)
-    (out / JOB).unlink()  # only now: a partial folder always says whose it is
 
 
 def failed(error: OSError, partial: Path) -> OutputError:

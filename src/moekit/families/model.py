@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from moekit import refmoe
 from moekit.checkpoint.hub import download, is_hub_id, remote_checkpoint
 from moekit.checkpoint.reader import Checkpoint
-from moekit.errors import ModelError
+from moekit.errors import ModelError, RecipeError
 from moekit.families.detect import Understanding, dtype_of, understand
 from moekit.families.loader import Loader
 from moekit.families.stock import model_class
@@ -77,6 +77,7 @@ class Model:
 
     def loader(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Loader:
         """A weightless stock model with a way to fill and empty its layers one at a time."""
+        check_device(device)
         return Loader(self.checkpoint, self.understanding, dtype, device, self.trust_remote_code)
 
     def load(self, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
@@ -85,6 +86,7 @@ class Model:
         Raises:
             ModelError: it is quantised in a way that stock transformers cannot run here.
         """
+        check_device(device)
         cls = model_class(self.understanding.config, self.trust_remote_code) or AutoModelForCausalLM
         try:
             model = cls.from_pretrained(self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code)
@@ -107,3 +109,24 @@ class Model:
         parts = [(name, x) for name, x in self.layout.parts.items() if x.bytes]
         rows = [(name, f"{x.params / 1e6:,.2f} M", f"{x.bytes / 1e6:,.1f} MB") for name, x in parts]
         return html_table(repr(self)[1:-1], ("part", "parameters", "size"), rows)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know or that is not there.
+
+    Raises:
+        RecipeError: no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"there is no device {name!r}", where="device", expected="cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise RecipeError(
+            f"there is no device {name!r} here",
+            where="device",
+            expected=f"at most {count - 1}" if count else "a GPU, and a build of torch that can use it",
+            got=f"{count} devices, torch {torch.__version__}",
+            fix="run on the cpu (the default), or install torch for CUDA",
+        )
