@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moekit.arrays import read_arrays, write_arrays
-from moekit.errors import DataError, PlanError, did_you_mean
+from moekit.errors import DataError, OutputError, PlanError, did_you_mean
 from moekit.layout import Layout
 from moekit.markup import html_table
 
@@ -192,20 +192,21 @@ class Stats:
         return Stats(self.layout_hash, (domain,), self.tokens[number], self.sequences[number], layers, self.manifest)
 
     def __add__(self, other: Stats) -> Stats:
-        if self.layout_hash != other.layout_hash or self.layers.keys() != other.layers.keys():
+        ours, theirs = (_models(x) for x in (self, other))
+        if ours != theirs or self.layers.keys() != other.layers.keys():
             raise PlanError(
                 "statistics of different models cannot be added",
-                expected=self.layout_hash,
-                got=other.layout_hash,
+                expected=", ".join(sorted(ours)),
+                got=", ".join(sorted(theirs)),
                 fix="measure both texts on the same model",
             )
         domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
-        ours, theirs = (np.array([domains.index(x) for x in part.domains], np.int64) for part in (self, other))
+        a, b = (np.array([domains.index(x) for x in part.domains], np.int64) for part in (self, other))
 
-        def total(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        def total(mine: np.ndarray, its: np.ndarray) -> np.ndarray:
             out = np.zeros(len(domains), np.int64)
-            out[ours] += a
-            out[theirs] += b
+            out[a] += mine
+            out[b] += its
             return out
 
         return Stats(
@@ -213,7 +214,7 @@ class Stats:
             domains,
             total(self.tokens, other.tokens),
             total(self.sequences, other.sequences),
-            {i: x.merged(other.layers[i], ours, theirs, len(domains)) for i, x in self.layers.items()},
+            {i: x.merged(other.layers[i], a, b, len(domains)) for i, x in self.layers.items()},
             {"added": [*_parts(self.manifest), *_parts(other.manifest)]},
         )
 
@@ -228,8 +229,13 @@ class Stats:
         return html_table(caption, ("domain", "tokens", "sequences"), rows)
 
     def save(self, folder: str | Path) -> Path:
-        """Write a folder: stats.json (manifest) and one safetensors file a layer; appears whole or not at all."""
+        """Write a folder: stats.json (manifest) and one safetensors file a layer; appears whole or not at all.
+
+        Raises:
+            OutputError: the folder holds something else than statistics.
+        """
         final = Path(folder)
+        self.check_place(final)
         part = final.with_name(final.name + ".partial")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -239,6 +245,22 @@ class Stats:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         return final
+
+    @staticmethod
+    def check_place(folder: Path) -> None:
+        """Refuse a folder that holds something else than statistics.
+
+        Raises:
+            OutputError: it does, or it is a file.
+        """
+        taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+        if taken and not (folder / "stats.json").is_file():
+            raise OutputError(
+                "the folder for statistics holds something else",
+                where=folder,
+                expected="a new or empty folder, or one with stats.json",
+                fix="choose another folder",
+            )
 
     def save_head(self, folder: Path) -> None:
         """Write stats.json alone, for who writes the layers' files as they come."""
@@ -290,6 +312,11 @@ class Stats:
 def layer_file(index: int) -> str:
     """The name of a layer's file."""
     return f"layer-{index:04d}.safetensors"
+
+
+def _models(stats: Stats) -> set[str]:
+    """Layout and weights that the statistics are of."""
+    return {f"{stats.layout_hash} {part.get('fingerprint', '')}" for part in _parts(stats.manifest)}
 
 
 def _parts(manifest: Mapping) -> list:
