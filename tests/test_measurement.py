@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import silu
 
 from moekit.data import Batch, Dataset
-from moekit.errors import DataError, PlanError
+from moekit.errors import DataError, OutputError, PlanError
 from moekit.families.model import Model
 from moekit.measurement import Gatherer, measure
 from moekit.stats import FIELDS, POSITION_BUCKETS, Stats, position_bucket
@@ -350,6 +350,8 @@ def test_statistics_of_unlike_domains_add_up(opened):
 def test_statistics_of_different_models_refuse_to_add(opened):
     with pytest.raises(PlanError, match="different models"):
         stats_of(opened("qwen3_moe")) + stats_of(opened("mixtral"))
+    with pytest.raises(PlanError, match="different models"):  # other weights in the same layout
+        stats_of(opened("qwen3_moe")) + stats_of(opened("qwen3_moe", seed=1))
 
 
 def test_sum_of_unlike_groups_keeps_what_both_have(opened):
@@ -402,6 +404,16 @@ def test_damaged_statistics(opened, tmp_path, kind):
     damage(tmp_path / "stats", kind)
     with pytest.raises(DataError, match=r"(?s)where: .*stats"):
         Stats.load(tmp_path / "stats").get("count", 1)
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "stats"])
+def test_statistics_replace_nothing_but_statistics(opened, tmp_path, name):
+    (tmp_path / "stats").mkdir() if name == "thesis.tex" else None
+    file = tmp_path / "stats" / name if name == "thesis.tex" else tmp_path / "stats"
+    file.write_text("dear")
+    with pytest.raises(OutputError, match="holds something else"):
+        stats_of(opened("qwen3_moe"), groups=()).save(tmp_path / "stats")
+    assert file.read_text() == "dear"
 
 
 def test_names_are_suggested(opened):
