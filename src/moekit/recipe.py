@@ -173,7 +173,10 @@ class Recipe(Part):
             text = path.read_text(encoding="utf-8")
             node, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError("the recipe cannot be read", where=path, got=error) from None
+            got = error.strerror if isinstance(error, OSError) else error
+            raise RecipeError(
+                "the recipe cannot be read", where=path, got=got, fix="give the path of a recipe"
+            ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 32nd of a month
             raise RecipeError("the recipe is not YAML", where=path, got=str(error)[:300]) from None
         lines = _key_lines(node, path)

@@ -9,7 +9,6 @@ import pkgutil
 import sys
 from functools import cache
 
-import click
 import typer
 from rich.markup import escape
 
@@ -25,6 +24,8 @@ REFUSALS = {
     errno.EPERM: "choose another place, or change the permissions",
     errno.EROFS: "choose another place: this one is read-only",
 }
+
+UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer uses: its own, or the library
 
 app = typer.Typer(
     name="moekit",
@@ -69,18 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _register()
-        result = app(args=arguments, standalone_mode=False)
+        result = app(args=arguments, prog_name="moekit", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except UserError as error:
         _say(f"[bold red]{error.kind} error[/] {escape(str(error))}")
         return 1 if isinstance(error, VerificationError) else 2
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
+    except UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "moekit"
+        _say(f"[bold red]usage error[/] {escape(error.format_message())}\n  fix:      see {verb} --help")
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        _say("interrupted; run the same command again to go on where it stopped")
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted; run the same command again (compress and measure go on where they stopped)")
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

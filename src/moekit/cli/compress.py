@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -50,7 +51,7 @@ def compress(
     """
     from moekit.data import parse_data
 
-    flags = {
+    flags: dict[str, Any] = {
         "method": method,
         "keep": keep,
         "domain": domain or None,
@@ -72,11 +73,19 @@ def compress(
             raise RecipeError(
                 "a recipe file and flags for what it says", got=", ".join(given), fix="write it in the recipe"
             )
-        recipe = Recipe.load(model)
-    else:
-        flags["out"] = out or ("./plan-only" if plan_only else None)
-        recipe = Recipe.from_flags(model=model, **flags)
-    run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code)
+        run_recipe(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code)
+        return
+    with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
+        if plan_only and not out:
+            flags["out"] = str(Path(scratch) / "plan-only")
+        missing = [f"--{name}" for name in ("data", "keep", "out") if flags[name] is None]
+        if missing:
+            raise RecipeError(
+                f"{' and '.join(missing)} must be given",
+                where=f"moekit compress {model}",
+                fix=f"e.g. moekit compress {model} --data python=texts/ --keep 0.5 --out smaller/",
+            )
+        run_recipe(Recipe.from_flags(model=model, **flags), plan_only, stats, device, overwrite, trust_remote_code)
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from moekit.cli.compress import evaluation_table
-from moekit.cli.screen import bars, console
+from moekit.cli.screen import bars, check_file, console
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +30,8 @@ def evaluate(
     """Score a model on text, layer by layer, with 95% intervals over sequences."""
     import moekit
 
+    if out:
+        check_file(out)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
     source = moekit.open(against, trust_remote_code=trust_remote_code) if against else None
     texts = moekit.load_data(opened, data, tokens=tokens, sequence_length=sequence_length)

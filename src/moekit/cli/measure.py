@@ -27,18 +27,22 @@ def measure(
 ) -> None:
     """Take every statistic in one streamed pass and keep it, for `moekit compress --stats` and the Python API."""
     import moekit
-    from moekit.errors import OutputError
+    from moekit.errors import DataError, OutputError, PlanError
     from moekit.stats import Stats
 
     old = None
+    Stats.check_place(out)
     if (out / "stats.json").exists():
         if not add:
             raise OutputError("the folder holds statistics already", where=out, fix="pass --add, or choose another")
         old = Stats.load(out)
-    elif out.exists() and any(out.iterdir()):
-        raise OutputError("the output folder is not empty", where=out, fix="choose another folder")
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
     texts = moekit.load_data(opened, data, tokens=tokens, sequence_length=sequence_length, seed=seed)
+    for part in old.parts if old else ():
+        if part.get("fingerprint") != opened.fingerprint:
+            raise PlanError("the folder holds statistics of another model", where=out, fix="choose another folder")
+        if part["data"]["hash"] == texts.hash:
+            raise DataError("the folder's statistics hold this very text already", where=out, fix="give other text")
     work = out.with_name(out.name + ".work")
     with bars() as progress:
         stats = moekit.measure(opened, texts, device=device, workdir=work, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from moekit.errors import OutputError
 from moekit.progress import Progress
 
 
@@ -19,6 +21,20 @@ def console() -> Console:
     """Standard output; as wide as the terminal, or 120 columns where there is none (a file, a pipe, a log)."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=120)
+
+
+def check_file(file: Path) -> None:
+    """Refuse, before work starts, a file that could not be written when it ends.
+
+    Raises:
+        OutputError: there is no such folder, or a folder has that name.
+    """
+    if not file.parent.is_dir():
+        raise OutputError(
+            "the folder for the output does not exist", where=file.parent, fix=f"mkdir -p {file.parent.absolute()}"
+        )
+    if file.is_dir():
+        raise OutputError("the output is a folder", where=file, expected="the name of a file", fix="add a name to it")
 
 
 def errors_to(stream: TextIO) -> Console:

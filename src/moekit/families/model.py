@@ -120,7 +120,12 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"there is no device {name!r}", where="device", expected="cpu, cuda or cuda:1") from None
+        raise RecipeError(
+            f"there is no device {name!r}",
+            where="device",
+            expected="cpu, cuda or cuda:1",
+            fix="leave it out for the cpu",
+        ) from None
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise RecipeError(
