@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,10 +149,15 @@ class Stats:
         Raises:
             DataError: the manifest does not hold it.
         """
-        for part in _parts(self.manifest):
+        for part in self.parts:
             if "layout" in part:
                 return Layout.from_dict(part["layout"])
         raise DataError("the statistics do not say of which layout they are", fix="measure again with this version")
+
+    @property
+    def parts(self) -> list[dict]:
+        """Manifests of the measurements that were added up."""
+        return self.manifest.get("added", [dict(self.manifest)])
 
     def get(self, name: str, layer: int, domain: str | Iterable[str] | None = None) -> np.ndarray:
         """A named quantity of a layer, added up (or maximised) over the domains given; all of them for None.
@@ -215,7 +220,7 @@ class Stats:
             total(self.tokens, other.tokens),
             total(self.sequences, other.sequences),
             {i: x.merged(other.layers[i], a, b, len(domains)) for i, x in self.layers.items()},
-            {"added": [*_parts(self.manifest), *_parts(other.manifest)]},
+            {"added": [*self.parts, *other.parts]},
         )
 
     def __repr__(self) -> str:
@@ -316,8 +321,4 @@ def layer_file(index: int) -> str:
 
 def _models(stats: Stats) -> set[str]:
     """Layout and weights that the statistics are of."""
-    return {f"{stats.layout_hash} {part.get('fingerprint', '')}" for part in _parts(stats.manifest)}
-
-
-def _parts(manifest: Mapping) -> list:
-    return manifest.get("added", [dict(manifest)])
+    return {f"{stats.layout_hash} {part.get('fingerprint', '')}" for part in stats.parts}
