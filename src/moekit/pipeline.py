@@ -2,7 +2,7 @@
 
 The new model is written and proven in `OUT.unverified` and gets its name at the end; a model that fails its proof is
 kept as `OUT.failed`. Statistics are kept in `OUT.work` (or a folder of the caller's choice) until then, so that an
-interrupted run goes on where it stopped.
+interrupted run goes on where it stopped. Nothing is removed that this program has not made.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from moekit import methods
-from moekit.apply.bake import Baked, bake
-from moekit.checkpoint.place import check_place, check_space
+from moekit.apply.bake import PROVENANCE, Baked, bake
+from moekit.checkpoint.place import check_place, check_space, replace
 from moekit.data import Dataset, load_tokenizer
 from moekit.errors import OutputError, VerificationError
 from moekit.evaluation import Evaluation, evaluate
@@ -31,8 +31,10 @@ from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.recipe import Recipe
 from moekit.report.compression import write_report
-from moekit.stats import Stats
+from moekit.stats import GROUPS, Stats
 from moekit.stream import Stream
+
+UNVERIFIED, FAILED, WHY_FAILED = ".unverified", ".failed", "VERIFICATION_FAILED"
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Job:
     @property
     def out(self) -> Path:
         """Where the result goes."""
-        return Path(self.recipe.out)
+        return Path(self.recipe.out).resolve()
 
     def beside(self, suffix: str) -> Path:
         """A path beside `out`."""
@@ -100,10 +102,20 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     Raises:
         UserError: of any kind: whatever can be known before the work starts.
     """
-    check_place(Path(recipe.out).resolve(), overwrite)
+    out = Path(recipe.out).resolve()
+    check_place(out, overwrite)
+    for suffix, mark in ((UNVERIFIED, PROVENANCE), (FAILED, WHY_FAILED)):
+        beside = out.with_name(out.name + suffix)
+        if beside.exists() and not (beside / mark).is_file():
+            raise OutputError(
+                "a folder that this output needs is taken", where=beside, fix="move it away, or choose another output"
+            )
+    Stats.check_place(_default_stats(out))
     method = methods.get(recipe.method)
     method.settings({key: value for key, value in recipe.options.items() if key != "seed"})
     model = Model.open(recipe.model, trust_remote_code=trust_remote_code)
+    if out.is_relative_to(model.path.resolve()):
+        raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")
     uniform(model.layout, recipe.keep)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     settings = recipe.calibration
@@ -177,11 +189,11 @@ def run(
         UserError: anything else that the user can mend.
     """
     recipe, model, seconds = job.recipe, job.model, {}
-    work = job.beside(".work")
+    kept = _default_stats(job.out)
     if not plan_only:
-        check_space(job.out.resolve().parent, bytes_after(job))
+        check_space(job.out.parent, bytes_after(job))
     with _timed(seconds, "measure"):
-        stats = _statistics(job, Path(stats_folder) if stats_folder else work / "stats", work, device, progress)
+        stats = _statistics(job, Path(stats_folder) if stats_folder else kept, device, progress)
     with _timed(seconds, "plan"):
         plan = methods.make_plan(
             recipe.method,
@@ -197,7 +209,7 @@ def run(
     result = Result(plan, stats, seconds=seconds)
     if plan_only:
         return result
-    unverified = job.beside(".unverified")
+    unverified = job.beside(UNVERIFIED)
     if unverified.exists():
         shutil.rmtree(unverified)
     with _timed(seconds, "bake"):
@@ -224,12 +236,21 @@ def run(
             )
     write_report(unverified, report_of(job, result))
     baked.checkpoint.close()
-    if job.out.exists():
-        shutil.rmtree(job.out) if overwrite else job.out.rmdir()
-    unverified.rename(job.out)
-    shutil.rmtree(work, ignore_errors=True)
+    replace(unverified, job.out)
+    if kept.exists():
+        shutil.rmtree(kept)
+        _remove_empty(kept.parent)
     result.path = job.out
     return result
+
+
+def _default_stats(out: Path) -> Path:
+    return out.with_name(out.name + ".work") / "stats"
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager
@@ -239,36 +260,43 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - started, 2)
 
 
-def _statistics(job: Job, folder: Path, work: Path, device: str, progress: Progress) -> Stats:
-    method = methods.get(job.recipe.method)
+def _statistics(job: Job, folder: Path, device: str, progress: Progress) -> Stats:
+    """Those that lie in `folder`, if they are of this job and hold what its method needs; else they are measured."""
+    Stats.check_place(folder)
+    groups = set(methods.get(job.recipe.method).groups)
     if (folder / "stats.json").is_file():
         known = Stats.load(folder)
-        same = known.manifest.get("fingerprint") == job.model.fingerprint
-        same = same and known.manifest.get("data", {}).get("hash") == job.calibration.hash
-        if same and set(method.groups) <= set(known.manifest["groups"]):
-            return known
-        if not folder.is_relative_to(work):
+        wanted = (job.model.fingerprint, job.calibration.hash, str(job.dtype or job.model.dtype).removeprefix("torch."))
+        found = (known.manifest.get("fingerprint"), known.manifest.get("data", {}).get("hash"))
+        if (*found, known.manifest.get("dtype")) == wanted:
+            if groups <= set(known.manifest["groups"]):
+                return known
+            groups |= set(known.manifest["groups"])
+        elif folder != _default_stats(job.out):
             raise OutputError(
-                "that folder holds statistics of another model or other data", where=folder, fix="choose another folder"
+                "that folder holds statistics of another model, of other data, or in another dtype",
+                where=folder,
+                fix="choose another folder, or remove this one",
             )
+    work = _default_stats(job.out).parent
     stats = measure(
         job.model,
         job.calibration,
-        groups=method.groups,
+        groups=[x for x in GROUPS if x in groups],
         dtype=job.dtype,
         device=device,
         workdir=work / "pass",
         progress=progress,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     stats.save(folder)
+    _remove_empty(work)
     return stats
 
 
 def _fail(job: Job, unverified: Path, found: Verification) -> None:
-    failed = job.beside(".failed")
+    failed = job.beside(FAILED)
     shutil.rmtree(failed, ignore_errors=True)
-    (unverified / "VERIFICATION_FAILED").write_text(json.dumps(asdict(found), indent=1))
+    (unverified / WHY_FAILED).write_text(json.dumps(asdict(found), indent=1))
     unverified.rename(failed)
     raise VerificationError(
         "the written model does not do what the plan says",
