@@ -111,8 +111,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
                 "a folder that this output needs is taken", where=beside, fix="move it away, or choose another output"
             )
     Stats.check_place(_default_stats(out))
-    method = methods.get(recipe.method)
-    method.settings({key: value for key, value in recipe.options.items() if key != "seed"})
+    methods.check_options(recipe.method, recipe.options)
     model = Model.open(recipe.model, trust_remote_code=trust_remote_code)
     if out.is_relative_to(model.path.resolve()):
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")

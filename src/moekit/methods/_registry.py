@@ -23,6 +23,8 @@ METHODS = {
     "man": "moekit.methods.prune.man:scores",
     "reap": "moekit.methods.prune.reap:scores",
     "easy-ep": "moekit.methods.prune.easy_ep:scores",
+    "m-smoe": "moekit.methods.merge.m_smoe:groups",
+    "hc-smoe": "moekit.methods.merge.hc_smoe:groups",
 }
 
 
@@ -32,7 +34,7 @@ class Method:
 
     Attributes:
         name: as in the registry.
-        kind: what it does, and the folder that it lives in: "prune".
+        kind: what it does, and the folder that it lives in: "prune" or "merge".
         needs: names of `moekit.stats.FIELDS` that it reads.
         summary: one line for lists.
         paper: title and arXiv id; empty for baselines without one.

@@ -11,61 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from moekit.errors import DataError, PlanError, RecipeError, did_you_mean
+from moekit.errors import DataError
 from moekit.layout import ExpertId, Layout
 from moekit.methods import budget as budgets
-from moekit.methods._registry import Method, get, names
+from moekit.methods._registry import Method
 from moekit.methods.common import Domain
 from moekit.methods.super_experts import super_experts
-from moekit.plans import Plan, drop_lowest
+from moekit.plans import Drop, Plan, drop_lowest
 from moekit.stats import Stats
 
-BUDGETS = ("uniform", "global")
-PROTECT = ("super", "none")
 ENOUGH_TOKENS = 100  # routed to an average expert, for scores that another sample of the text would give too
 
 
 def make_plan(
-    name: str,
+    method: Method,
     stats: Stats,
     layout: Layout,
-    /,
     *,
     keep: float | int,
-    domain: Domain = None,
-    seed: int = 0,
-    budget: str = "uniform",
-    protect: str = "super",
-    **options: Any,
+    domain: Domain,
+    budget: str,
+    protect: str,
+    settings: Mapping[str, Any],
 ) -> Plan:
-    """The plan of a pruning method. Multi-token-prediction layers, which no statistics cover, are left out of it.
-
-    Args:
-        name: of the method, as "easy-ep".
-        stats: of the model.
-        layout: of the model.
-        keep: share (0.5) or number (64) of experts that a layer keeps.
-        domain: whose statistics count; None: all.
-        seed: for methods that draw.
-        budget: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
-        protect: "super": super experts stay whatever their score; "none".
-        options: of the method.
+    """The plan of a pruning method; arguments as for `moekit.methods.make_plan`, already checked.
 
     Raises:
-        RecipeError: no such method, option, budget or protection.
-        PlanError: statistics of another model, or a budget that a layer's router cannot work with.
         DataError: no such domain, a quantity that was not measured, or scores that are no numbers.
     """
-    _one_of("method", name, names("prune"))
-    _one_of("budget", budget, BUDGETS)
-    _one_of("protect", protect, PROTECT)
-    method = get(name)
-    settings = method.settings(({"seed": seed} if "seed" in method.options else {}) | options)
     counts = budgets.uniform(layout, keep)
-    if stats.layout_hash != layout.hash or counts.keys() - stats.layers.keys():
-        raise PlanError(
-            "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
-        )
     domains = [stats.domains[i] for i in stats.domain_numbers(domain)]
     scores = _scores(method, stats, layout, domains, settings)
     safe = super_experts(stats, layout) if protect == "super" else frozenset()
@@ -76,7 +50,7 @@ def make_plan(
     plan = Plan(
         layout_hash=layout.hash,
         ops=[drop for drop in drops if drop],
-        method=name,
+        method=method.name,
         settings={"keep": keep, "budget": budget, "domain": domains, "protect": protect, **settings},
         made_from=dict(stats.manifest),
     )
@@ -91,16 +65,12 @@ def removed_gate_mass(plan: Plan, stats: Stats, layout: Layout, domain: Domain =
     Raises:
         DataError: no such domain, or the gate mass was not measured.
     """
-    dropped, shares = plan.dropped(), {}
+    dropped = {op.layer: op.experts for op in plan.ops if isinstance(op, Drop)}
+    shares = {}
     for layer in layout.routed:
         mass_E = stats.get("gate_mass", layer.index, domain)
         shares[layer.index] = float(mass_E[list(dropped.get(layer.index, ()))].sum() / (mass_E.sum() or 1))
     return shares
-
-
-def _one_of(what: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise RecipeError(f"there is no {what} {given!r}", where=what, fix=did_you_mean(str(given), choices))
 
 
 def _scores(

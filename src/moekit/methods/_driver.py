@@ -1,0 +1,87 @@
+"""make_plan: what every method that cuts a model's experts goes through before its kind takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moekit.errors import PlanError, RecipeError, did_you_mean
+from moekit.layout import Layout
+from moekit.methods import budget as budgets
+from moekit.methods import merge, prune
+from moekit.methods._registry import Method, get
+from moekit.methods.common import Domain
+from moekit.plans import Plan
+from moekit.stats import Stats
+
+BUDGETS = ("uniform", "global")
+PROTECT = ("super", "none")
+ROUTER_ROWS = ("dominant", "weighted")
+
+
+def make_plan(
+    name: str,
+    stats: Stats,
+    layout: Layout,
+    /,
+    *,
+    keep: float | int,
+    domain: Domain = None,
+    seed: int = 0,
+    budget: str = "uniform",
+    protect: str = "super",
+    **options: Any,
+) -> Plan:
+    """The plan of a method that leaves layers fewer experts.
+
+    Multi-token-prediction layers, which no statistics cover, are left out of it.
+
+    Args:
+        name: of the method, as "easy-ep" or "m-smoe".
+        stats: of the model.
+        layout: of the model.
+        keep: share (0.5) or number (64) of experts that a layer keeps.
+        domain: whose statistics count; None: all.
+        seed: for methods that draw.
+        budget: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
+        protect: "super": super experts stay as they are; "none".
+        options: of the method; for merging also `router`: "dominant" keeps the dominant expert's row, "weighted" takes
+            the mean of the group's rows.
+
+    Raises:
+        RecipeError: no such method, option, budget or protection.
+        PlanError: statistics of another model, or a budget that a layer's router cannot work with.
+        DataError: no such domain, a quantity that was not measured, or scores that are no numbers.
+    """
+    method, rows, settings = check_options(name, ({"seed": seed} if "seed" in get(name).options else {}) | options)
+    _one_of("budget", budget, BUDGETS)
+    _one_of("protect", protect, PROTECT)
+    counts = budgets.uniform(layout, keep)
+    if stats.layout_hash != layout.hash or counts.keys() - stats.layers.keys():
+        raise PlanError(
+            "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
+        )
+    make = {"prune": prune.make_plan, "merge": merge.make_plan}[method.kind]
+    plan = make(
+        method, stats, layout, keep=keep, domain=domain, budget=budget, protect=protect, settings=settings, **rows
+    )
+    plan.check(layout)
+    return plan
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[str, str], dict[str, Any]]:
+    """(method, options of its kind, all its own options), defaults filled in.
+
+    Raises:
+        RecipeError: no such method or option, or a value that is not possible.
+    """
+    method, own = get(name), dict(options)
+    rows = {"router": own.pop("router", ROUTER_ROWS[0])} if method.kind == "merge" else {}
+    for what, value in rows.items():
+        _one_of(what, value, ROUTER_ROWS)
+    return method, rows, method.settings(own)
+
+
+def _one_of(what: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise RecipeError(f"there is no {what} {given!r}", where=what, fix=did_you_mean(str(given), choices))
