@@ -251,7 +251,7 @@ def _layers(
         mine = [x for x in in_layer[at.layer] if x.key.startswith(block)]
         mine = [x for x in mine if len(x.keys) == 1 or x.expert is None or x.expert < count]  # the rest are another set
         check_experts(checkpoint, mine, count)
-        tensors = [ExpertTensor(x.name, "table") for x in placed.values() if x.key in tables]
+        tensors = [ExpertTensor(x.name, "table") for x in (placed.values() if tables else ()) if x.key in tables]
         expert_bytes = 0
         for placement in sorted(mine, key=lambda x: (x.key, x.expert or 0, x.name)):
             info = checkpoint.tensors[placement.name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -96,10 +96,22 @@ class NameMap:
         self.converters = [x for x in mapping if isinstance(x, WeightConverter)]
         self._by_pattern = {pattern: x for x in self.converters for pattern in x.source_patterns}
         self._prefix = model.base_model_prefix
+        self._experts: dict[tuple[str, ...], Placement] = {}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
     def place(self, name: str) -> Placement | None:
         """The placement of disk tensor `name`, or None when the stock model has no use for it."""
+        parts = name.split(".")
+        at = next((i for i in reversed(range(len(parts))) if parts[i].isdigit()), 0)
+        kind = (*parts[:at], "", *parts[at + 1 :])
+        if kind in self._experts:  # placed alike for another expert of the layer: there may be 100,000 of them
+            return replace(self._experts[kind], name=name, expert=int(parts[at]))
+        found = self._find(name)
+        if found is not None and found.expert is not None and parts[at] == str(found.expert):
+            self._experts[kind] = found
+        return found
+
+    def _find(self, name: str) -> Placement | None:
         found = self._place(name, name, "")
         suffix = quantised_suffix(name)
         if found is None and suffix:
