@@ -13,7 +13,7 @@ Symbols: B sequences of a batch, T positions, V vocabulary, E experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import le
 
@@ -138,31 +138,36 @@ class Removal:
     def _touched(self, number: int, experts: Removed) -> np.ndarray:
         return np.any([self._counter.counts[layer, number][:, expert] > 0 for layer, expert in experts], axis=0)
 
-    def _of(self, domain: int) -> list[int]:
-        return [number for number, batch in enumerate(self.batches) if batch.domain == domain]
+    def _join(self, domain: int, of: Callable[[int], np.ndarray]) -> np.ndarray:
+        """What `of` says of the batches of a domain, for the sequences that have a token to predict."""
+        own = [number for number, batch in enumerate(self.batches) if batch.domain == domain]
+        rows = [of(number)[self.batches[number].mask.sum(1).numpy() > 1] for number in own]
+        return np.concatenate(rows) if rows else np.zeros(0)
 
     def nll(self, domain: int) -> np.ndarray:
         """Summed -log p of each sequence of a domain, as the model is."""
-        return np.concatenate([self._nll[x] for x in self._of(domain)])
+        return self._join(domain, lambda number: self._nll[number])
 
     def tokens(self, domain: int) -> np.ndarray:
         """Predicted tokens of each sequence."""
-        return np.concatenate([self.batches[x].mask.sum(1).numpy() - 1 for x in self._of(domain)])
+        return self._join(domain, lambda number: self.batches[number].mask.sum(1).numpy() - 1)
 
     def change(self, experts: Removed, domain: int) -> np.ndarray:
         """How much `nll` grows without the experts."""
-        return np.concatenate(
-            [self._changes.get((x, experts), np.zeros(len(self.batches[x].ids))) for x in self._of(domain)]
+        return self._join(
+            domain,
+            lambda number: self._changes.get((number, experts), np.zeros(len(self.batches[number].ids))),
         )
 
     def touched(self, experts: Removed, domain: int) -> np.ndarray:
         """Which sequences have a token that chooses one of the experts."""
-        return np.concatenate([self._touched(x, experts) for x in self._of(domain)])
+        return self._join(domain, lambda number: self._touched(number, experts))
 
     def share(self, layer: int, domain: int) -> np.ndarray:
         """Share of a domain's tokens that choose each expert of a layer [E]."""
-        total = sum(self._counter.counts[layer, x].sum(0) for x in self._of(domain))
-        return total / sum(self.batches[x].tokens for x in self._of(domain))
+        own = [number for number, batch in enumerate(self.batches) if batch.domain == domain]
+        counts = sum(self._counter.counts[layer, number].sum(0) for number in own)
+        return counts / sum(self.batches[number].tokens for number in own)
 
 
 def nll_by_row(logits_BTV: torch.Tensor, batch: Batch) -> np.ndarray:

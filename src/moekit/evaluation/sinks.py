@@ -6,8 +6,8 @@ the model as it is, with the experts switched off (weight zero, slot empty), and
 layers switched off:
 
     largest     max |h| over tokens and coordinates of the hidden states h after the layer; and its token's position
-    median      median |h| of a batch, mean over batches; a massive activation is over 100 and over 1000 times it (M. Sun
-                and others, "Massive Activations in Large Language Models", arXiv 2402.17762)
+    median      median |h| of a batch, mean over batches; a massive activation is over 100 and over 1000 times it (M.
+                Sun and others, "Massive Activations in Large Language Models", arXiv 2402.17762)
     top share   share of |h|^2 in the token's 3 largest coordinates, mean over tokens at the first position
     sink        S_{l,h} = mean over queries t > 0 of the attention weight of position 0 in head h, mean over heads
 
