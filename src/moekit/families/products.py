@@ -52,7 +52,7 @@ class Products:
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
     ) -> torch.Tensor:
         """rows [N, D] times a weight [O, D], or [D, O] if `transposed`."""
-        if rows.dtype != weight.dtype:
+        if self._copy is not None and rows.dtype != weight.dtype:
             weight = self._copy[: weight.numel()].view(weight.shape).copy_(weight)
             bias = None if bias is None else bias.to(rows.dtype)
         if not transposed:
