@@ -6,6 +6,8 @@ fused parameter: no copy, no second buffer. Everything else goes through transfo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -222,6 +224,7 @@ class Loader:
                     self._spare[(tuple(tensor.shape), tensor.dtype)].append(tensor)
         if index == OUTER:
             self.model.tie_weights()  # else a tied head would keep the embedding
+        _trim()
 
     def _names(self, index: int) -> list[str]:
         prefix = f"{self.layers_path}.{index}."
@@ -239,6 +242,13 @@ class Loader:
 
 
 _NOTHING = torch.empty(0)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: small things that outlive a layer (statistics) keep glibc from doing so,
+    and the process would grow from layer to layer."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> CheckpointError:
