@@ -117,9 +117,12 @@ def add_up(rows: np.ndarray) -> np.ndarray:
     """Sorted unique rows [M, 4] with the counts (last column) of equal rows added."""
     if not len(rows):
         return rows.reshape(0, 4)
-    keys, inverse = np.unique(rows[:, :3], axis=0, return_inverse=True)
-    counts = np.bincount(inverse.reshape(-1), weights=rows[:, 3], minlength=len(keys)).astype(np.int64)
-    return np.concatenate([keys, counts[:, None]], axis=1)
+    rows = rows.astype(np.int64, copy=False)
+    keys = rows[:, 0] << 48 | (rows[:, 1] + 1) << 16 | rows[:, 2]
+    order = np.argsort(keys, kind="stable")
+    rows, keys = rows[order], keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
+    return np.concatenate([rows[starts, :3], np.add.reduceat(rows[:, 3], starts)[:, None]], axis=1)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from moekit.recording.recorder import (
     claimed_folder,
     loaded_model,
     save_words,
+    thinned,
 )
 from moekit.stats import Stats
 from moekit.trace import Trace
@@ -373,7 +374,9 @@ def _phase_stats(
             words = [count_words(ids[rows], following[rows]) for rows in members]
             numbered = [np.insert(found, 0, domain, axis=1) for domain, found in enumerate(words)]
             stats = replace(recorder.take(layer.index, int(counts.sum())), following=np.concatenate(numbered))
-            save_layer_stats(folder, PHASES[phase], layer.index, stats)
+            if phase == DECODE:  # steps are no sequences
+                stats.arrays = {name: x for name, x in stats.arrays.items() if not name.startswith("sequence_")}
+            save_layer_stats(folder, PHASES[phase], layer.index, thinned(stats, layer))
         sequences = np.array([len(np.unique(columns["sequence"][rows])) for rows in members], np.int64)
         kept = {x.index: load_layer_stats(folder, PHASES[phase], x.index) for x in layers}
         out[PHASES[phase]] = Stats(layout_hash, tuple(names), counts, sequences, kept, manifest)

@@ -37,6 +37,7 @@ from moekit.recording.recorder import (
     loaded_model,
     save_words,
     split,
+    thinned,
     token_columns,
 )
 from moekit.stats import Stats
@@ -111,7 +112,7 @@ def trace(
         recorder.first_rows = places.rows
 
         def after_layer(index: int) -> None:
-            save_layer_stats(folder, "prefill", index, recorder.take(index, total))
+            save_layer_stats(folder, "prefill", index, thinned(recorder.take(index, total), layout.by_index[index]))
 
         if whole:
             clear(folder)

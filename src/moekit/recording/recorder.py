@@ -10,7 +10,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from moekit.families.model import Model
 from moekit.families.seam import IMPLEMENTATION
 from moekit.layout import MoELayer
 from moekit.measurement import Gatherer
+from moekit.stats import WORDS, LayerStats
+from moekit.trace.words import thin
 from moekit.trace.writer import TokenWriter, save_vocabulary
 from moekit.view import Call
 
@@ -152,6 +154,12 @@ def save_words(folder: Path, model: Model, ids: np.ndarray) -> None:
     texts = dict(zip(ids.tolist(), tokenizer.batch_decode(ids[:, None].tolist()), strict=True))
     broken = [word for word, text in texts.items() if "\ufffd" in text]  # part of a character: show the raw token
     save_vocabulary(folder, texts | dict(zip(broken, tokenizer.convert_ids_to_tokens(broken), strict=True)))
+
+
+def thinned(stats: LayerStats, layer: MoELayer) -> LayerStats:
+    """A layer's sums with counts by token id made small (`moekit.trace.words.thin`): a trace is not added to."""
+    words = {name: thin(rows, layer.num_experts, layer.top_k) for name in WORDS if len(rows := getattr(stats, name))}
+    return replace(stats, **words)
 
 
 def check_domains(domains: Sequence[str], tokens: dict[str, int]) -> None:

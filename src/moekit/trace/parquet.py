@@ -40,14 +40,10 @@ def write(trace: Trace, file: Path, weights: str, progress: Progress | None) -> 
     scales = {x.index: _scale(x.weights) for x in layers} if weights == "uint8" else {}
     partial = file.with_name(file.name + ".partial")
     schema = _schema(pa, layers, scales, trace)
-    floats = [f"{name}_{x.index}.list.element" for x in layers for name in ("weights",) if not scales]
+    whole, real = _encodings([x.index for x in layers], bool(scales))
     try:
         with pq.ParquetWriter(
-            partial,
-            schema,
-            compression="zstd",
-            use_dictionary=["domain", "phase", "text"],
-            use_byte_stream_split=floats,
+            partial, schema, compression="zstd", use_dictionary=whole, use_byte_stream_split=real
         ) as out:
             for start in range(0, trace.token_count, ROWS):
                 rows = slice(start, min(start + ROWS, trace.token_count))
@@ -69,6 +65,13 @@ def write(trace: Trace, file: Path, weights: str, progress: Progress | None) -> 
     finally:
         partial.unlink(missing_ok=True)
     return file
+
+
+def _encodings(layers: list[int], quantised: bool) -> tuple[list[str], list[str]]:
+    """Columns of few different values (a dictionary is smallest) and of real numbers (bytes of equal rank together)."""
+    ids, weights = ([f"{name}_{index}.list.element" for index in layers] for name in ("ids", "weights"))
+    whole, real = ["domain", "phase", "text", *ids], [f"margin_{index}" for index in layers]
+    return (whole + weights, real) if quantised else (whole, real + weights)
 
 
 def _schema(pa: Any, layers: list[LayerTrace], scales: Mapping[int, float], trace: Trace) -> Any:

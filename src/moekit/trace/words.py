@@ -19,12 +19,14 @@ from typing import Literal
 import numpy as np
 
 from moekit.errors import DataError
-from moekit.stats import Stats
+from moekit.stats import Stats, add_up
+from moekit.tally import Tally
 from moekit.trace.resample import ROWS
 from moekit.trace.store import Trace
 from moekit.trace.table import Table
 
 MIN_COUNT = 10
+KEPT = 100  # token ids that each expert of a trace keeps apart, by each of two measures
 SMOOTHING = 1.0
 Kind = Literal["input", "next", "predicted"]
 
@@ -59,7 +61,9 @@ def vocabulary(
     min_count: int = MIN_COUNT,
     smoothing: float = SMOOTHING,
 ) -> Table:
-    """Vocabulary specialisation N_{x,e} / N_x of every pair of a token id and an expert that met in a layer.
+    """Vocabulary specialisation N_{x,e} / N_x of pairs of a token id and an expert that met in a layer.
+
+    All pairs with statistics of `moekit.measure` or a trace with tokens; from a trace without, those that `thin` kept.
 
     Args:
         source: a trace or statistics.
@@ -79,11 +83,11 @@ def vocabulary(
     """
     rows, top_k, experts = _rows(source, layer, kind, domain)
     words, position = np.unique(rows[:, 0], return_inverse=True)
-    totals = np.bincount(position, weights=rows[:, 2], minlength=len(words)) / top_k
-    real = rows[:, 1] < experts
-    by_expert = np.bincount(rows[real, 1], weights=rows[real, 2], minlength=experts)
-    tokens = round(float(totals.sum()))
-    keep = np.flatnonzero(real & (totals[position] >= min_count))
+    totals = np.bincount(position, rows[:, 2], len(words)) / top_k
+    apart = rows[rows[:, 1] <= experts]
+    by_expert = np.bincount(apart[:, 1], apart[:, 2], experts + 1)
+    tokens = round(by_expert.sum() / top_k)
+    keep = np.flatnonzero((rows[:, 1] < experts) & (rows[:, 0] >= 0) & (totals[position] >= min_count))
     token, expert, count = rows[keep].T
     total = totals[position[keep]]
     columns = {
@@ -93,7 +97,7 @@ def vocabulary(
         "total": np.rint(total).astype(np.int64),
         "share": count / total,
         "overall": by_expert[expert] / max(tokens, 1),
-        "npmi": npmi(count, total, by_expert[expert], tokens, smoothing) if len(keep) else np.zeros(0),
+        "npmi": npmi(count, total, by_expert[expert], max(tokens, 1), smoothing),
     }
     if isinstance(source, Trace):
         columns["text"] = np.array(source.text(token), object)
@@ -126,10 +130,7 @@ def top_tokens(
     table = vocabulary(source, layer, **settings)
     if expert is not None:
         table = table.where(expert=expert)
-    order = np.lexsort((table["token"], -table[by], table["expert"]))
-    expert_of = table["expert"][order]
-    rank = np.arange(len(order)) - np.searchsorted(expert_of, expert_of)
-    chosen = order[rank < per_expert]
+    chosen = _best(table["expert"], table[by], per_expert)
     return Table("top tokens", table.take(chosen).columns, f"{table.note} Ordered by {by}.")
 
 
@@ -190,16 +191,58 @@ def domain_npmi(source: Stats | Trace, *, min_count: int = MIN_COUNT, smoothing:
     return Table.stacked(tables)
 
 
+def thin(
+    rows: np.ndarray, num_experts: int, top_k: int, per_expert: int = KEPT, min_count: int = MIN_COUNT
+) -> np.ndarray:
+    """Counts by token id made small: only pairs that stand out keep rows of their own, and all sums stay exact.
+
+    Kept are, among token ids seen at least `min_count` times, each one's strongest expert, and for each expert the
+    `per_expert` token ids that it has the most of and those of highest nPMI. What is left out is added up twice: under
+    the token id (expert E + 1, "the rest"), so that N_x stays known, and under the expert (token id -1), for N_e.
+
+    Args:
+        rows: [M, 4], domain, token id, expert (E: an empty slot), count.
+        num_experts: E.
+        top_k: k.
+        per_expert: token ids that each expert keeps, by count and by nPMI.
+        min_count: token ids seen less often are left out.
+    """
+    keys, cell = np.unique(rows[:, 1] << 16 | rows[:, 2], return_inverse=True)
+    cells = np.stack([keys >> 16, keys & 0xFFFF], 1)
+    counts = np.bincount(cell, rows[:, 3], len(cells))
+    words, word = np.unique(cells[:, 0], return_inverse=True)
+    totals = np.bincount(word, counts, len(words))[word] / top_k
+    experts = np.bincount(cells[:, 1], counts, num_experts + 1)
+    fit = np.flatnonzero((cells[:, 1] < num_experts) & (cells[:, 0] >= 0) & (totals >= min_count))
+    expert, count = cells[fit, 1], counts[fit]
+    score = npmi(count, totals[fit], experts[expert], max(round(experts.sum() / top_k), 1))
+    chosen = [_best(expert, count, per_expert), _best(expert, score, per_expert), _best(word[fit], count, 1)]
+    kept = np.zeros(len(cells), bool)
+    kept[fit[np.concatenate(chosen)]] = True
+    known = np.zeros(len(words), bool)
+    known[word[kept]] = True
+    left = rows[~kept[cell]]
+    by_word = left[known[word[cell[~kept[cell]]]]]
+    by_word = np.stack([by_word[:, 0], by_word[:, 1], np.full(len(by_word), num_experts + 1), by_word[:, 3]], 1)
+    by_expert = np.stack([left[:, 0], np.full(len(left), -1), left[:, 2], left[:, 3]], 1)
+    return add_up(np.concatenate([rows[kept[cell]], by_word, by_expert]))
+
+
+def _best(groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` highest scores of each group."""
+    order = np.lexsort((-scores, groups))
+    rank = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
+    return order[rank < count]
+
+
 def _rows(source: Stats | Trace, layer: int, kind: Kind, domain: str | None) -> tuple[np.ndarray, int, int]:
-    """Counts [M, 3] of token id, expert (E: an empty slot); with K and E."""
-    if isinstance(source, Trace) and domain is not None:
-        source, domain = source.domain(domain), None
+    """Counts [M, 3] of token id, expert (E: an empty slot, E + 1: the rest) and count; with K and E."""
+    if isinstance(source, Trace) and source.has_tokens:
+        view = source if domain is None else source.domain(domain)
+        traced = view.layer(layer)
+        return count_words(traced.ids, _words(view, kind)), traced.top_k, traced.num_experts
     if kind == "predicted":
-        if not isinstance(source, Trace):
-            raise DataError("predicted tokens need a trace, not statistics", fix="record one with tokens")
-        source.need_tokens("what the model predicted")
-        traced = source.layer(layer)
-        return count_words(traced.ids, np.asarray(source.tokens()["predicted"])), traced.top_k, traced.num_experts
+        raise DataError("what the model predicted was not recorded", fix="record a trace with tokens")
     stats = source.stats if isinstance(source, Trace) else source
     if layer not in stats.layers:
         raise DataError(f"layer {layer} has no experts", expected=f"one of {', '.join(map(str, stats.layers))}")
@@ -207,25 +250,27 @@ def _rows(source: Stats | Trace, layer: int, kind: Kind, domain: str | None) -> 
     rows = np.asarray(stats.layers[layer].vocabulary if kind == "input" else stats.layers[layer].following)
     if not len(rows):
         raise DataError("token ids were not counted", fix='measure with the group "vocabulary", on longer sequences')
-    rows = rows[np.isin(rows[:, 0], stats.domain_numbers(domain))].astype(np.int64)
-    keys, counts = _added(rows[:, 1] << 16 | rows[:, 2], rows[:, 3])
-    return np.stack([keys >> 16, keys & 0xFFFF, counts], 1), found.top_k, found.num_experts
+    rows = add_up(rows[np.isin(rows[:, 0], stats.domain_numbers(domain))] * [0, 1, 1, 1])
+    return rows[:, 1:], found.top_k, found.num_experts
+
+
+def _words(trace: Trace, kind: Kind) -> np.ndarray:
+    """The token id that counts for each token; -1 where there is none."""
+    tokens = trace.tokens()
+    if kind != "next":
+        return np.asarray(tokens["id" if kind == "input" else "predicted"])
+    following = np.append(tokens["id"][1:], -1)
+    last = np.append(np.diff(tokens["sequence"]) != 0, True)
+    # The last token of a continuation was followed by the one that the model chose, which was never fed.
+    return np.where(last, tokens["predicted"] if len(trace.phases) > 1 else -1, following)
 
 
 def count_words(ids_TK: np.ndarray, words_T: np.ndarray) -> np.ndarray:
     """Counts [M, 3] of word, expert (E: an empty slot) and count over tokens; words below 0 are left out."""
-    keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    tally = Tally(memory_keys=1 << 26)
     for start in range(0, len(words_T), ROWS):
         words = words_T[start : start + ROWS].astype(np.int64)
         real = words >= 0
-        new = (words[real, None] << 16 | ids_TK[start : start + ROWS][real]).reshape(-1)
-        keys, counts = _added(np.concatenate([keys, new]), np.concatenate([counts, np.ones(len(new), np.int64)]))
+        tally.add((words[real, None] << 16 | ids_TK[start : start + ROWS][real]).reshape(-1))
+    keys, counts = tally.result()
     return np.stack([keys >> 16, keys & 0xFFFF, counts], 1)
-
-
-def _added(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct keys, ascending, with their counts added up."""
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] - 1))
-    return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
