@@ -22,6 +22,7 @@ from moekit.evaluation.intervals import ratio_interval
 from moekit.evaluation.removal import nll_by_row
 from moekit.families.model import Model
 from moekit.layout import ExpertId
+from moekit.progress import silent
 from moekit.stream import Fork, Stream
 from moekit.view import MoEView
 from tiny import batch, dataset
@@ -280,10 +281,14 @@ def test_sequences_that_do_not_choose_an_expert_are_exactly_unchanged(opened, mo
         return nll_by_row(scores, part) + noise.normal(size=len(part.ids))
 
     monkeypatch.setattr(removal, "nll_by_row", rounded)
-    found = ablate(opened("qwen3_moe"), DATA, [ExpertId(0, e) for e in range(8)], controls=0)
-    still = [x.effect for x in found.tested if not x.effect.touched]
-    assert still
-    assert all(x.change == (0, 0, 0) and x.share == 0 for x in still)
+    run = removal.Removal(opened("qwen3_moe"), DATA.batches, False, None, "cpu", silent)
+    run.clean()
+    sets = [(ExpertId(0, e),) for e in range(8)]
+    run.without([sets, sets], removal.FORK_BYTES)
+    for experts in sets:
+        for domain in (0, 1):
+            assert ((run.change(experts, domain) != 0) == run.touched(experts, domain)).all()
+    assert 0 < sum(run.touched(x, 0).sum() for x in sets) < 8 * len(run.tokens(0))
 
 
 @pytest.mark.parametrize(("fork_bytes", "forks", "most"), [(1, 256, 1), (1 << 30, 4, 4)])
@@ -300,7 +305,7 @@ def test_little_memory_means_more_passes_and_the_same_numbers(ablation, opened, 
     again = ablate(opened("qwen3_moe"), DATA, EXPERTS, controls=2, dtype=torch.float32, fork_bytes=fork_bytes)
     assert again == ablation
     assert passes[0] == (3, 0)
-    assert [x for _, x in passes[1:-1]] == [most] * (len(passes) - 2)
+    assert max(x for _, x in passes) == most
     assert sum(x for _, x in passes) > 20
 
 
