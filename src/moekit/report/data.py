@@ -166,7 +166,9 @@ def confidence(source: Source) -> dict[str, Any] | None:
             p = np.searchsorted(first, mine["first"])
             for name, array in values.items():
                 array[n, i, p] = mine[name]
-        phases.append({"name": phase} | {name: Packed(array) for name, array in values.items()})
+        phases.append(
+            {"name": phase} | {name: Packed(array, 16 if array.size < 2_000 else 8) for name, array in values.items()}
+        )
     return {"positions": [str(x) if x == last[x] else f"{x}–{last[x]}" for x in first], "phases": phases}
 
 

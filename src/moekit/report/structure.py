@@ -15,9 +15,9 @@ from moekit.report.source import Source
 from moekit.trace import tables
 from moekit.trace.pairs import Likeness
 
-MATRIX_CELLS = 50_000  # co-activation: cells of all layers' matrices together
+MATRIX_CELLS = 40_000  # co-activation: cells of all layers' matrices together
 PAIRS, PAIR_COUNT = 12, 10  # strongest pairs named in a layer, each seen at least so often
-NODES, FLOW_CELLS = 12, 36_000  # flow: experts drawn apart in a layer, and cells of all layers and domains together
+NODES, FLOW_CELLS = 12, 24_000  # flow: experts drawn apart in a layer, and cells of all layers and domains together
 NO_EXPERT = 2**16 - 1
 OVER_UNIFORM = 1.5
 LEAST_NODES = 4  # drawn apart even where a layer is so even that none is over 1.5 times uniform

@@ -15,12 +15,12 @@ from moekit.report.source import Source
 from moekit.trace import Trace, tables
 from moekit.trace.words import Kind
 
-TEXT_BYTES = 260_000  # ids, weights and margins of the texts shown, before compression
+TEXT_BYTES = 200_000  # ids, weights and margins of the texts shown, before compression
 TEXT_TOKENS, TEXTS = 240, 2  # of a domain: tokens in all, from so many sequences
 ENOUGH_TOKENS = 100  # of a domain; below, fewer of a token's experts are shown
-LEAST_EXPERTS = 4
-CARD_TOKENS, CARD_BYTES = 10, 480_000  # of an expert, at most; of all cards with the texts of their tokens
-SLOT_BYTES = 5  # a token on a card: the number of its text, and its nPMI
+LEAST_EXPERTS, LEAST_CARD_TOKENS = 4, 2
+CARD_TOKENS, CARD_BYTES = 10, 165_000  # of an expert, at most; of all cards with the texts of their tokens
+SLOT_BYTES, TEXT_SHARE = 3.0, 0.6  # compressed: a token's place on a card (text number, nPMI); a text, of its bytes
 NONE = 2**32 - 1
 
 
@@ -170,10 +170,10 @@ def _top_tokens(source: Source, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
 
 def _tokens_that_fit(trace: Trace, kinds: list[np.ndarray]) -> int:
     """How many tokens a card may have so that all cards fit with the texts of their tokens."""
-    for most in range(CARD_TOKENS, 1, -1):
+    for most in range(CARD_TOKENS, LEAST_CARD_TOKENS, -1):
         shown = [ids[..., :most] for ids in kinds]
         distinct = np.unique(np.concatenate([x[x >= 0] for x in shown])) if shown else np.zeros(0, np.int64)
         texts = sum(len(x.encode()) + 3 for x in trace.text(distinct))
-        if texts + SLOT_BYTES * sum(x.size for x in shown) <= CARD_BYTES:
+        if TEXT_SHARE * texts + SLOT_BYTES * sum(x.size for x in shown) <= CARD_BYTES:
             return most
-    return 1
+    return LEAST_CARD_TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from moekit.report.page import render
 
 
 def write(payload: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
-    """Write page and numbers; each appears whole or not at all.
+    """Write page and numbers; both appear whole or not at all.
 
     Args:
         payload: from `moekit.report.collect`.
@@ -26,15 +27,18 @@ def write(payload: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
         raise OutputError("the report is a web page", where=out, expected="a name that ends in .html")
     numbers = out.with_suffix(".json")
     text = json.dumps(to_plain(payload), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for file, content in ((out, render(payload)), (numbers, text)):
-        part = file.with_name(file.name + ".partial")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    parts = [(file, file.with_name(file.name + ".partial")) for file in (out, numbers)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for (_, part), content in zip(parts, (render(payload), text), strict=True):
             part.write_text(content, "utf-8")
+        for file, part in parts:
             part.replace(file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OutputError("the report cannot be written", where=file, got=error.strerror or str(error)) from None
+    except OSError as error:
+        for _, part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        raise OutputError("the report cannot be written", where=out, got=error.strerror or str(error)) from None
     return out, numbers
 
 

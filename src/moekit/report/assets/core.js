@@ -151,7 +151,7 @@ function table(columns, rows) {
 
 /** Line charts on one x scale: `lines` are {name, values, colour, dash, strong}; `ticks` names x values. */
 function chart(title, { xs, xLabel, lines, bottom, top, format = number, width = 460, height = 210, rule }) {
-  const box = { left: 46, right: 12, top: 12, bottom: 34 };
+  const box = { left: 46, right: 20, top: 12, bottom: 34 };
   const all = lines.flatMap((line) => Array.from(line.values)).filter((y) => Number.isFinite(y));
   const high = top ?? Math.max(d3.max(all) ?? 1, rule?.y ?? -Infinity);
   const low = bottom ?? Math.min(d3.min(all) ?? 0, rule?.y ?? Infinity);

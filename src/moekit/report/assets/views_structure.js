@@ -15,7 +15,7 @@ function scatter(title, points, { xLabel, yLabel, log, label, colour, radius, te
     root.append(svg("rect", { class: "rule", x: 1, y: 1, width: width - 2, height: height - 2 }));
   } else {
     const axis = (draw, shift) => d3.select(root).append("g").attr("class", "axis").attr("transform", shift).call(draw);
-    const show = (read) => (v) => (!log || Number.isInteger(Math.round(1e6 * Math.log10(v)) / 1e6) ? read(v) : "");
+    const show = (read) => (v) => (!log || ["1", "2", "5"].includes(v.toExponential(0)[0]) ? read(v) : "");
     axis(d3.axisBottom(x).ticks(6).tickFormat(show(xLabel.startsWith("share") ? percent : number)).tickSize(4), `translate(0,${height - box.bottom})`);
     axis(d3.axisLeft(y).ticks(6).tickFormat(show((v) => number(v))).tickSize(4), `translate(${box.left},0)`);
     root.append(svg("text", { x: width - box.right, y: height - 3, "text-anchor": "end" }, xLabel), svg("text", { x: 4, y: 10 }, yLabel));
