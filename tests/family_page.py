@@ -6,6 +6,7 @@ import transformers
 
 from family_proofs import PROOFS
 
+NO_CONTRACT = ("doge", "jetmoe", "longcat_flash")  # routed experts of their own kind
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 HEAD = """# Families
 
@@ -32,7 +33,8 @@ streamed.
   and is faster, is bit-identical to eager in fp32; in bf16 a layer's routed sum differs by at most 1/64 of its largest
   value.
 
-"refused" is a clear error that gives the reason in the last column.
+"refused" is a clear error that gives the reason in the last column. Families whose experts do not follow the contract
+are refused as a whole, among them {refused}.
 
 """
 COLUMNS = ["family", "class", "router", "experts on disk", *PROOFS, "notes"]
@@ -44,7 +46,8 @@ def page(rows: list[str], version: str = transformers.__version__) -> str:
     count = [sum(x[i] == "yes" for x in verdicts) for i in range(len(PROOFS))]
     names = ("reads", "writes", "permutes", "ids", "drops", "streams")
     numbers = dict(zip(names, count, strict=True))
-    head = HEAD.format(total=len(rows), version=".".join(version.split(".")[:2]), **numbers)
+    refused = ", ".join(NO_CONTRACT)
+    head = HEAD.format(refused=refused, total=len(rows), version=".".join(version.split(".")[:2]), **numbers)
     return "\n".join([head + f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS), *rows, ""])
 
 

@@ -3,6 +3,7 @@
 MOEKIT_WRITE_DOCS=1 (in one process) writes the page; without it every family's line must stand there already.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from family_page import DOCS, page, rows_of
+from family_page import DOCS, NO_CONTRACT, page, rows_of
 from family_proofs import Recorder, Specimen, row, run
-from moekit.checkpoint.reader import Checkpoint
+from moekit.checkpoint.reader import Checkpoint, read_config
 from moekit.errors import ModelError
 from moekit.families.detect import understand
 from moekit.families.seam import reroute
@@ -178,13 +179,18 @@ def test_dense_models_and_unknown_experts_are_told_apart(tmp_path: Path) -> None
     transformers.LlamaForCausalLM(dense).save_pretrained(tmp_path / "dense")
     with pytest.raises(ModelError, match="dense"):
         understand(Checkpoint.open(tmp_path / "dense"))
-    own = transformers.JetMoeConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
-        num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    transformers.JetMoeForCausalLM(own).save_pretrained(tmp_path / "own")
-    with pytest.raises(ModelError, match="'jetmoe' are not supported"):
-        understand(Checkpoint.open(tmp_path / "own"))
+    for name in NO_CONTRACT:
+        transformers.AutoConfig.for_model(name, num_hidden_layers=2).save_pretrained(tmp_path / name)
+        with pytest.raises(ModelError, match=f"'{name}' are not supported"):
+            understand(Checkpoint(tmp_path / name, read_config(tmp_path / name), {}))
+
+
+def test_configs_that_no_model_can_be_built_from_are_refused(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    config = read_config(tmp_path) | {"hidden_act": "no such function"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"cannot build[\s\S]*no such function"):
+        understand(Checkpoint.open(tmp_path))
 
 
 def test_rerouted_tables_hold_no_banned_expert_and_no_expert_twice() -> None:

@@ -106,18 +106,28 @@ def build(
         config: is copied, and its quantisation is dropped (weights are dequantised when they are read).
         dtype: of the parameters.
         buffers: also compute the buffers that no checkpoint holds (rotary frequencies), on CPU.
+
+    Raises:
+        ModelError: no class for it, or the class cannot be built from it.
     """
     config = copy.deepcopy(config)
     for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     cls = model_class(config, trust_remote_code)
-    with torch.device("meta"):
-        model = (
-            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
-            if cls is None
-            else cls._from_config(config, dtype=dtype)
-        )
+    try:
+        with torch.device("meta"):
+            model = (
+                AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
+                if cls is None
+                else cls._from_config(config, dtype=dtype)
+            )
+    except Exception as error:  # model classes raise many kinds for a config that they cannot be built from
+        raise ModelError(
+            "transformers cannot build a model from this config",
+            got=f"model_type {config.model_type!r}: {error}"[:500],
+            fix="compare config.json with the one of a model of this family that works",
+        ) from error
     if buffers:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor._is_hf_initialized = True
