@@ -25,6 +25,7 @@ REFUSALS = {
     errno.EROFS: "choose another place: this one is read-only",
 }
 
+INTERRUPTED = 130  # what shells say of a program that ctrl-c has ended
 UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer uses: its own, or the library
 
 app = typer.Typer(
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _register()
         result = app(args=arguments, prog_name="moekit", standalone_mode=False)
+        if result == INTERRUPTED:  # some versions of typer make this of the interrupt, others an Abort
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         _say(f"[bold red]{error.kind} error[/] {escape(str(error))}")
@@ -81,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; run the same command again (compress and measure go on where they stopped)")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
