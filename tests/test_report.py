@@ -58,15 +58,14 @@ def noisy(node, rng):
 def test_a_page_of_the_largest_model_is_below_a_megabyte(tmp_path):
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    vocabulary = ["".join(letters[rng.integers(0, 26, 160)]) for _ in range(16)]  # 640 texts, together 102 kB
+    vocabulary = ["".join(letters[rng.integers(0, 26, 850)]) for _ in range(3)]  # 120 texts, together 102 kB
     trace = synthetic_trace(
         tmp_path / "t",
         layers=48,
         experts=128,
         top_k=8,
         domains=[f"domain {n}" for n in range(8)],
-        tokens=400,
-        sequence_length=80,
+        tokens=160,
         vocabulary=vocabulary,
     )
     payload = collect(trace, against=trace)
