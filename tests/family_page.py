@@ -13,10 +13,11 @@ HEAD = """# Families
 One line for each family of transformers {version} that carries the experts contract, and for Llama 4; after them models
 that hold one of these beside vision or audio. The line is written by the test that proves it (`tests/test_families.py`
 on tiny random models; `MOEKIT_WRITE_DOCS=1 pytest tests/test_families.py` writes this page), so it says what was
-measured, not what was hoped for. Everything was run on text alone, on a CPU. Routers are described for the default settings of the family's config.
+measured, not what was hoped for. Everything was run on text alone, on a CPU. Routers are described for the default
+settings of the family's config.
 
-Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, {ids} watched, {drops} cut, {streams}
-streamed.
+Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, {ids} watched, {drops} cut,
+{streams} streamed.
 
 - **reads**: layers, experts, k, groups, biases, shared experts and sizes are those of the stock model, and the tensors
   found on disk with their expert axes are exactly those that change when the config asks for more experts.
@@ -29,9 +30,9 @@ streamed.
 - **drops**: half of the experts banned in the live model (no token ever chooses them; afterwards the model is the same
   bit for bit) and the checkpoint baked with half of the experts, in stock transformers, give the same logits to 1e-4.
 - **streams**: one layer at a time equals the stock forward with eager experts bit for bit, in fp32 and in bf16; in fp32
-  also with all hidden states on disk and after an interrupt. moekit's own experts function, which is used to show outputs
-  and is faster, is bit-identical to eager in fp32; in bf16 a layer's routed sum differs by at most 1/64 of its largest
-  value.
+  also with all hidden states on disk and after an interrupt. moekit's own experts function, which is used to show
+  outputs and is faster, is bit-identical to eager in fp32; in bf16 a layer's routed sum differs by at most 1/64 of its
+  largest value.
 
 "refused" is a clear error that gives the reason in the last column. Families whose experts do not follow the contract
 are refused as a whole, among them {refused}.
