@@ -85,6 +85,31 @@ def specialisation(
     return Table.stacked(tables)
 
 
+def preferred(source: Stats | Trace) -> Table:
+    """The expert that each domain prefers most: by domain, the largest of share less overall share.
+
+    Returns:
+        By domain: layer, expert, share (of the domain's tokens), overall (of all tokens).
+
+    Raises:
+        DataError: a domain has no tokens.
+    """
+    domains, tokens_N = _domains(source)
+    stats = source.stats if isinstance(source, Trace) else source
+    rows = []
+    for number, domain in enumerate(domains):
+        best = (-np.inf,)
+        for index, layer in stats.layers.items():
+            count_NE = np.asarray(layer.arrays["count"])
+            share, overall = count_NE[number] / tokens_N[number], count_NE.sum(0) / tokens_N.sum()
+            expert = int(np.argmax(share - overall))
+            best = max(best, (share[expert] - overall[expert], index, expert, share[expert], overall[expert]))
+        rows.append({"domain": domain, **dict(zip(("layer", "expert", "share", "overall"), best[1:], strict=True))})
+    return Table.of(
+        "preferred experts", rows, "The expert whose share of the domain is furthest above its overall share."
+    )
+
+
 def mutual_information(
     source: Stats | Trace, *, balanced: bool = True, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> Table:

@@ -24,18 +24,27 @@ ROWS = 1 << 15  # of a row group
 WEIGHTS = ("float32", "uint8")
 
 
+def library() -> tuple[Any, Any]:
+    """pyarrow, and its module for Parquet.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        fix = 'pip install "moekit[parquet]"'
+        raise DataError("the library that writes Parquet (pyarrow) is not installed", fix=fix) from None
+    return pyarrow, pyarrow.parquet
+
+
 def write(trace: Trace, file: Path, weights: str, progress: Progress | None) -> Path:
     """See `Trace.to_parquet`."""
     trace.need_tokens("a Parquet table")
     if weights not in WEIGHTS:
         raise DataError("weights cannot be written so", expected=" or ".join(WEIGHTS), got=weights)
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataError(
-            "the library that writes Parquet is not installed", fix='pip install "moekit[parquet]"'
-        ) from None
+    pa, pq = library()
     tokens, layers = trace.tokens(), [trace.layer(index) for index in trace.layers]
     scales = {x.index: _scale(x.weights) for x in layers} if weights == "uint8" else {}
     partial = file.with_name(file.name + ".partial")

@@ -5,14 +5,14 @@
 | how much is each expert used? | `usage`, `never_used` |
 | how evenly is a layer's load spread? | `balance` |
 | how sure is the router, and where? | `confidence` |
-| which experts does a domain prefer? | `specialisation`, `mutual_information`, `domain_npmi` |
+| which experts does a domain prefer? | `specialisation`, `preferred`, `mutual_information`, `domain_npmi` |
 | which tokens is an expert for? | `vocabulary`, `top_tokens`, `vocabulary_specialisation` |
 | which experts come together? | `coactivation`, `affinity`, `affinity_matrices` |
 | which experts are alike? | `similarity`, `similarity_matrix` |
 | do two models choose alike? | `saturation` |
 """
 
-from moekit.trace.domains import mutual_information, specialisation
+from moekit.trace.domains import mutual_information, preferred, specialisation
 from moekit.trace.overlap import saturation
 from moekit.trace.pairs import affinity, affinity_matrices, coactivation, similarity, similarity_matrix
 from moekit.trace.usage import balance, confidence, never_used, usage
@@ -27,6 +27,7 @@ __all__ = [
     "domain_npmi",
     "mutual_information",
     "never_used",
+    "preferred",
     "saturation",
     "similarity",
     "similarity_matrix",
