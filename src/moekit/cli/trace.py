@@ -29,8 +29,7 @@ def trace(
     out: Path = typer.Option(..., help="The folder to make."),
     data: list[str] = typer.Option([], help="Text, NAME=PATH; several times.  [default for refmoe: its own texts]"),
     generate: list[str] = typer.Option(
-        [],
-        help="Prompts, NAME=PATH (a line or a record each), that the model continues; several times, instead of --data.",
+        [], help="Prompts to continue, NAME=PATH (one a line or a record); several times, instead of --data."
     ),
     max_new_tokens: int = typer.Option(128, help="Of each continuation, at most."),
     batch_size: int = typer.Option(1, help="Prompts that are continued together."),
@@ -61,7 +60,7 @@ def trace(
     from moekit.recording.generation import load_prompts
     from moekit.trace.parquet import library
 
-    if data and generate or generate and plan:
+    if generate and (data or plan):
         raise RecipeError("--generate goes without --data and --plan", fix="record two traces")
     if parquet:
         library()
@@ -97,7 +96,7 @@ def trace(
             )
         if parquet:
             found.to_parquet(parquet, progress=progress)
-    summary(found)
+    summary(found, out)
     if parquet:
         console().print(f"{parquet}: every token, for DuckDB, polars or pandas")
 
@@ -117,14 +116,14 @@ def _dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
-def summary(trace: Trace) -> None:
+def summary(trace: Trace, name: Path) -> None:
     """Say what was recorded, and what stands out at once."""
     from moekit.trace import tables
 
     screen = console()
     layer = trace.moe_layer(trace.layers[0])
     screen.print(
-        f"[bold]{trace.path}[/]  {trace.model}: {len(trace.layers)} MoE layers x {layer.num_experts} experts, "
+        f"[bold]{name}[/]  {trace.model}: {len(trace.layers)} MoE layers x {layer.num_experts} experts, "
         f"top-{layer.top_k}; {'every token' if trace.has_tokens else 'statistics only'}"
     )
     for phase, counts in trace.head["phase_tokens"].items():
@@ -150,4 +149,4 @@ def summary(trace: Trace) -> None:
     if unused:
         more = f" and {len(unused) - SHOWN_EXPERTS} more" if len(unused) > SHOWN_EXPERTS else ""
         screen.print(f"never used: {', '.join(unused[:SHOWN_EXPERTS])}{more}")
-    screen.print(f"next: moekit report {trace.path}")
+    screen.print(f"next: moekit report {name}")
