@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moekit.checkpoint.hub import is_hub_id
 from moekit.recipe import format_bytes
 
 
@@ -31,7 +32,8 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
         head = _front_matter(card.read_text(encoding="utf-8", errors="replace"))
         card.rename(path / "README.source.md")
     card.write_text(model_card(report, head) + text)
-    (path / "recipe.yaml").write_text(str(report["recipe"]))
+    if report["recipe"]:
+        (path / "recipe.yaml").write_text(str(report["recipe"]))
 
 
 def _front_matter(text: str) -> dict[str, Any]:
@@ -47,11 +49,13 @@ def _front_matter(text: str) -> dict[str, Any]:
 def model_card(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from."""
     carried = {key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source}
+    what = {"prune": "pruned", "merge": "merged", "quantize": "quantised"}[report["kind"]]
+    name = report["model"]["name"]
     head = carried | {
-        "base_model": report["model"]["name"],
+        "base_model": name if is_hub_id(name) else Path(name).name,  # a path says nothing to others
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moekit", "mixture-of-experts", "pruned"],
+        "tags": ["moekit", "mixture-of-experts", what],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
 
@@ -60,7 +64,9 @@ def markdown(report: Mapping[str, Any]) -> Iterator[str]:
     """The report's lines."""
     model, size = report["model"], report["bytes"]
     kept = {layer: len(experts) for layer, experts in report["kept"].items()}
-    yield f"# {model['name']} with {_span(kept.values())} of {model['experts']} experts a layer"
+    quantised = report["kind"] == "quantize"
+    what = "quantised experts" if quantised else f"{_span(kept.values())} of {model['experts']} experts a layer"
+    yield f"# {model['name']} with {what}"
     yield ""
     yield f"Made by moekit {report['versions']['moekit']} with `{report['method']}` ({_settings(report['settings'])})."
     if size:
@@ -72,17 +78,24 @@ def markdown(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _verification(proof)
     yield from ("", "## What to know", "")
     yield from (f"- {note}" for note in report["notes"])
-    yield from ("", "## Kept experts", "", "| layer | kept | gate mass removed | experts |", "|---|---|---|---|")
-    for layer, experts in report["kept"].items():
-        removed = report["removed_gate_mass"].get(int(layer), report["removed_gate_mass"].get(layer, 0.0))
-        yield f"| {layer} | {len(experts)} | {removed:.1%} | {_ranges(experts)} |"
+    if not quantised:
+        yield from _kept(report)
     yield from ("", "## Made from", "")
     yield f"- model `{model['name']}` ({model['family']}), fingerprint `{model['fingerprint']}`"
-    for name, domain in report["calibration"]["domains"].items():
+    for name, domain in (report["calibration"] or {"domains": {}})["domains"].items():
         yield f"- calibration `{name}`: {domain['tokens']:,} tokens, hash `{domain['hash']}`"
     yield "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     yield "- seconds: " + ", ".join(f"{name} {value:g}" for name, value in report["seconds"].items())
-    yield from ("", "```yaml", str(report["recipe"]).rstrip(), "```")
+    if report["recipe"]:
+        yield from ("", "```yaml", str(report["recipe"]).rstrip(), "```")
+
+
+def _kept(report: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Kept experts", "", "| layer | kept | gate mass removed | experts |", "|---|---|---|---|")
+    for layer, experts in report["kept"].items():
+        removed = report["removed_gate_mass"].get(layer)
+        share = "" if removed is None else f"{removed:.1%}"
+        yield f"| {layer} | {len(experts)} | {share} | {_ranges(experts)} |"
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ The numbers are those of `moekit.report.data`; text stays text in SVG and PDF, a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,9 @@ SPECIALISTS = 3  # of each domain
 FLOW_LAYERS = 5
 
 
-def save(trace: Trace, kind: str, out: FilePath, *, domain: str | None = None, first: int | None = None) -> FilePath:
+def save(
+    trace: Trace, kind: str, out: str | FilePath, *, domain: str | None = None, first: int | None = None
+) -> FilePath:
     """Draw a figure into a file that appears whole or not at all.
 
     Args:
@@ -56,6 +59,7 @@ def save(trace: Trace, kind: str, out: FilePath, *, domain: str | None = None, f
         DataError: unknown domain or layer, or the trace has not what the figure needs.
         OutputError: another file type, matplotlib is missing, or the file cannot be written.
     """
+    out = FilePath(out)
     if kind not in FIGURES:
         raise RecipeError(f"no figure {kind!r}", fix=did_you_mean(kind, FIGURES))
     if out.suffix.lower() not in FORMATS:
@@ -79,7 +83,8 @@ def save(trace: Trace, kind: str, out: FilePath, *, domain: str | None = None, f
             figure.savefig(part, format=out.suffix[1:].lower(), dpi=300, metadata=kept)
         part.replace(out)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise OutputError("the figure cannot be written", where=out, got=error.strerror or str(error)) from None
     return out
 

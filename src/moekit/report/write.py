@@ -13,7 +13,7 @@ from moekit.report.pack import to_plain
 from moekit.report.page import render
 
 
-def write(payload: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
+def write(payload: Mapping[str, Any], out: str | Path) -> tuple[Path, Path]:
     """Write page and numbers; both appear whole or not at all.
 
     Args:
@@ -23,6 +23,7 @@ def write(payload: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
     Raises:
         OutputError: the files cannot be written.
     """
+    out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise OutputError("the report is a web page", where=out, expected="a name that ends in .html")
     numbers = out.with_suffix(".json")
