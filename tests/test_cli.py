@@ -537,7 +537,13 @@ def test_interrupted_anywhere_the_same_command_finishes(cli, place, interrupt):
     whole = model_files(place / "half")
     stages = [event[0] for event in told]
     borders = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1] or told[i][1] <= told[i - 1][1]]
-    moments = [1, *(i + 1 for i in borders), len(told)]  # where measuring, baking, verifying, evaluating begin
+    between_shards = (borders[0] + borders[1]) // 2
+    moments = [
+        1,
+        between_shards,
+        *(i + 1 for i in borders),
+        len(told),
+    ]  # measuring, baking, verifying, evaluating begin
     assert {"layers", "bytes", "head"} <= set(stages)  # measured, baked, verified, evaluated
     for moment in moments:
         shutil.rmtree(place / "half")
