@@ -86,14 +86,19 @@ def measure(model: Model, data: Texts | Dataset, **settings: Any) -> Stats:
 
 
 def plan(
-    method: str, stats: Stats, *, keep: float | int, domain: str | Sequence[str] | None = None, **settings: Any
+    method: str,
+    stats: Stats,
+    *,
+    keep: float | int | None = None,
+    domain: str | Sequence[str] | None = None,
+    **settings: Any,
 ) -> Plan:
     """Decide what to change; `settings` go to `moekit.methods.make_plan`.
 
     Args:
         method: a name of `moekit.methods.names()`.
         stats: from `measure`.
-        keep: share (0.5) or number (64) of experts that a layer keeps.
+        keep: share (0.5) or number (64) of experts that a layer keeps; quantising methods keep all.
         domain: whose statistics count; None: all.
 
     Raises:

@@ -19,6 +19,7 @@ import torch
 
 from moekit import methods
 from moekit.apply.bake import PROVENANCE, Baked, bake
+from moekit.apply.quantize import expert_weights
 from moekit.checkpoint.place import check_place, check_space, replace
 from moekit.data import Dataset, load_tokenizer
 from moekit.errors import OutputError, VerificationError
@@ -27,6 +28,7 @@ from moekit.evaluation.verify import Verification, verify
 from moekit.families.model import Model
 from moekit.measurement import measure, versions
 from moekit.methods.budget import uniform
+from moekit.methods.quantize import ways
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.recipe import Recipe
@@ -111,11 +113,15 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
                 "a folder that this output needs is taken", where=beside, fix="move it away, or choose another output"
             )
     Stats.check_place(_default_stats(out))
-    methods.check_options(recipe.method, recipe.options)
+    method, *_ = methods.check_options(recipe.method, recipe.options)
+    methods.check_keep(method, recipe.keep if "keep" in recipe.model_fields_set else None)
     model = Model.open(recipe.model, trust_remote_code=trust_remote_code)
     if out.is_relative_to(model.path.resolve()):
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")
     uniform(model.layout, recipe.keep)
+    if method.kind == "quantize":
+        for layer in model.layout.routed:
+            expert_weights(model.checkpoint, layer)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     settings = recipe.calibration
     calibration = Dataset.build(
@@ -157,8 +163,12 @@ def estimate(job: Job, device: str = "cpu") -> Estimate:
 
 
 def bytes_after(job: Job) -> int:
-    """Bytes of the result, from the number of experts that stay."""
+    """Bytes of the result, from the number of experts that stay, or the bits of their weights."""
     layout = job.model.layout
+    method = methods.get(job.recipe.method)
+    if method.kind == "quantize":
+        ops = ways(method, layout, method.settings(job.recipe.options))
+        return layout.total.bytes - Plan(layout_hash=layout.hash, ops=[*ops]).saved_bytes(layout)
     counts = uniform(layout, job.recipe.keep)
     saved = sum((layer.num_experts - counts[layer.index]) * layer.expert_bytes for layer in layout.routed)
     return layout.total.bytes - layout.parts["mtp"].bytes - saved
@@ -320,6 +330,7 @@ def report_of(job: Job, result: Result) -> Mapping[str, object]:
         },
         "recipe": job.recipe.to_yaml(),
         "method": plan.method,
+        "kind": plan.kind,
         "settings": plan.settings,
         "kept": {str(layer.index): list(plan.kept(layer)) for layer in layout.routed},
         "bytes": {"before": baked.bytes_before, "after": baked.bytes_after} if baked else None,

@@ -19,6 +19,7 @@ from moekit.layout import Layout, MoELayer
 from moekit.markup import html_table
 
 VERSION = 1
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Op(BaseModel):
@@ -78,6 +79,27 @@ class Merge(Op):
         return tuple(sorted(e for group in self.groups for e in group.members[1:]))
 
 
+class Quantize(Op):
+    """Keep the weights of all of a layer's experts as whole numbers times scales.
+
+    Attributes:
+        layer: decoder layer index.
+        bits: of a number.
+        group_size: input columns that share a scale; -1: all of a row.
+        scheme: how numbers are chosen; "rtn": the nearest, with scales that clip nothing.
+    """
+
+    op: Literal["quantize"] = "quantize"
+    layer: int
+    bits: Literal[4, 8]
+    group_size: int = Field(ge=-1)
+    scheme: Literal["rtn"] = "rtn"
+
+    def share(self, layer: MoELayer, itemsize: int) -> float:
+        """Bytes of the layer's experts after over before; `itemsize` is that of a weight and of a scale."""
+        return self.bits / (8 * itemsize) + 1 / (self.group_size if self.group_size > 0 else layer.inner_size)
+
+
 class Plan(BaseModel):
     """Changes to a model.
 
@@ -94,7 +116,7 @@ class Plan(BaseModel):
 
     version: int = VERSION
     layout_hash: str
-    ops: list[Annotated[Drop | Merge, Field(discriminator="op")]] = []
+    ops: list[Annotated[Drop | Merge | Quantize, Field(discriminator="op")]] = []
     method: str = ""
     settings: dict = {}
     made_from: dict = {}
@@ -104,7 +126,8 @@ class Plan(BaseModel):
         """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""
         out: dict[int, set[int]] = {}
         for op in self.ops:
-            out.setdefault(op.layer, set()).update(op.experts if isinstance(op, Drop) else op.gone)
+            if not isinstance(op, Quantize):
+                out.setdefault(op.layer, set()).update(op.experts if isinstance(op, Drop) else op.gone)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(out.items()) if experts}
 
     def dropped_live(self, layout: Layout) -> dict[int, tuple[int, ...]]:
@@ -114,6 +137,15 @@ class Plan(BaseModel):
     def merges(self) -> dict[int, Merge]:
         """The merge of each layer that has one."""
         return {op.layer: op for op in self.ops if isinstance(op, Merge)}
+
+    @property
+    def kind(self) -> Literal["prune", "merge", "quantize"]:
+        """What the changes are."""
+        return "quantize" if self.quantised() else "merge" if self.merges() else "prune"
+
+    def quantised(self) -> dict[int, Quantize]:
+        """How each layer that is quantised is."""
+        return {op.layer: op for op in self.ops if isinstance(op, Quantize)}
 
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
@@ -150,10 +182,19 @@ class Plan(BaseModel):
             check_merge(op, self.ops)
             if max(e for group in op.groups for e in group.members) >= layout.by_index[index].num_experts:
                 raise PlanError(f"layer {index} has not that many experts", expected=layout.by_index[index].num_experts)
+        if quantised := self.quantised():
+            check_quantised(quantised, self.ops, layout)
 
     def check_bakeable(self, layout: Layout) -> None:
-        """Refuse a plan whose result no stock model loads: different numbers of experts in different layers."""
+        """Refuse a plan whose result no stock model loads: layers with different numbers of experts or bits."""
         self.check(layout)
+        ways = [self.quantised().get(layer.index) for layer in layout.routed]
+        if len({x and (x.bits, x.group_size, x.scheme) for x in ways}) > 1:
+            raise PlanError(
+                "layers would be quantised in different ways, which stock transformers cannot load",
+                expected="the same bits and group size in every MoE layer",
+                fix="quantise all layers alike, or apply the plan live",
+            )
         left = {len(self.kept(layer)) for layer in layout.routed}
         if len(left) > 1:
             raise PlanError(
@@ -165,7 +206,12 @@ class Plan(BaseModel):
 
     def saved_bytes(self, layout: Layout) -> int:
         """Bytes on disk that the plan saves, experts only (router rows are a rounding error)."""
-        return sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
+        saved = sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
+        itemsize = ITEMSIZE.get(layout.dtype, 2)
+        for index, op in self.quantised().items():
+            layer = layout.by_index[index]
+            saved += round(layer.num_experts * layer.expert_bytes * (1 - op.share(layer, itemsize)))
+        return saved
 
     def diff(self, other: Plan) -> str:
         """What `other` does otherwise, a line per layer; empty when they do the same."""
@@ -175,6 +221,11 @@ class Plan(BaseModel):
             a, b = set(ours.get(layer, ())), set(theirs.get(layer, ()))
             if a != b:
                 lines.append(f"layer {layer}: only here {sorted(a - b)}, only there {sorted(b - a)}")
+        mine, its = self.quantised(), other.quantised()
+        for layer in sorted(mine.keys() | its.keys()):
+            if mine.get(layer) != its.get(layer):
+                here, there = (f"{x.bits} bits" if x else "unquantised" for x in (mine.get(layer), its.get(layer)))
+                lines.append(f"layer {layer}: here {here}, there {there}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -236,6 +287,32 @@ def check_merge(merge: Merge, ops: Sequence[Op]) -> None:
     dropped = {e for op in others if isinstance(op, Drop) for e in op.experts}
     if dropped & set(members):
         raise PlanError("an expert cannot be dropped and merged", where=where, got=sorted(dropped & set(members)))
+
+
+def check_quantised(quantised: Mapping[int, Quantize], ops: Sequence[Op], layout: Layout) -> None:
+    """Refuse what cannot be quantised.
+
+    Raises:
+        PlanError: other changes in the same plan, a layer twice or unknown, a model that is quantised already, a group
+            size that does not divide the experts' widths.
+    """
+    if len(ops) != len(quantised):
+        raise PlanError("quantising is a plan of its own, a layer once", fix="first prune or merge, then quantise that")
+    if layout.quantisation:
+        raise PlanError(
+            "this model is quantised already", got=layout.quantisation, fix="start from the unquantised checkpoint"
+        )
+    for index, op in quantised.items():
+        layer = layout.by_index.get(index)
+        if layer is None or layer.mtp:
+            raise PlanError(f"layer {index} cannot be quantised", expected=f"one of {[x.index for x in layout.routed]}")
+        size = op.group_size
+        if size == 0 or (size > 0 and (layer.width % size or layer.inner_size % size)):
+            raise PlanError(
+                f"layer {index}: the group size does not divide the widths of its experts",
+                expected=f"a divisor of {layer.width} and {layer.inner_size}, or -1",
+                got=size,
+            )
 
 
 def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:

@@ -129,7 +129,7 @@ class Recipe(Part):
         data: calibration text, path or dataset by domain.
         domain: the domains whose statistics count; None: all.
         method: name in the registry of methods.
-        keep: share (float) or number (int) of experts that a layer keeps.
+        keep: share (float) or number (int) of experts that a layer keeps; must be given but for quantising methods.
         budget: the same number in every layer, or as many in all, where they are worth most.
         protect: what stays whatever its score: super experts, or nothing.
         options: of the method.
@@ -145,7 +145,7 @@ class Recipe(Part):
     data: Annotated[dict[str, str], Field(min_length=1)]
     domain: Names | None = None
     method: str = "easy-ep"
-    keep: Keep
+    keep: Keep = 1.0
     budget: Literal["uniform", "global"] = "uniform"
     protect: Literal["super", "none"] = "super"
     options: dict[str, Any] = {}

@@ -2,9 +2,9 @@
 
 Dropping experts never changes a number: tensors of one expert are left out or renumbered, fused tensors, router rows,
 biases and quantisation scales are sliced along their expert axis, all else is copied byte for byte: fp8 and mxfp4
-weights are never dequantised. Merging makes new numbers for the experts that stay, a layer at a time. Multi-token-
-prediction layers share the number of experts with the rest of the model, but no statistics tell which of theirs matter:
-they leave a model that loses experts.
+weights are never dequantised. Merging makes new numbers for the experts that stay, a layer at a time; quantising for
+all of them, a tensor at a time. Multi-token-prediction layers share the number of experts with the rest of the model,
+but no statistics tell which of theirs matter: they leave a model that loses experts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from moekit import __version__
 from moekit.apply.merge import MergedTensors
+from moekit.apply.quantize import NOTE, quantisation_config, quantised_tensors
 from moekit.checkpoint.place import write_text
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
 from moekit.checkpoint.writer import Copy, Make, OutTensor, write_checkpoint
@@ -137,6 +138,7 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     plan.check_bakeable(layout)
     dropped = plan.dropped()
     merged = MergedTensors(Loader(checkpoint, understanding), layout, plan) if plan.merges() else None
+    quantised = quantised_tensors(checkpoint, layout, plan)
     gone = set(_mtp_tensors(understanding)) if dropped else set()
     new: dict[str, OutTensor] = {}
     for layer in layout.routed:
@@ -153,12 +155,16 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
                 else:
                     gone.add(name)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
-    return [new.get(x.name) or _copy(x, x.name) for x in infos if x.name not in gone]
+    made = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
+    return [tensor for tensors in made for tensor in tensors]
 
 
 def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Plan) -> tuple[dict, list[str]]:
     """config.json of the model that `plan` makes, and notes on what a reader may not expect."""
     layout = understanding.layout
+    if plan.quantised():
+        weights = quantised_tensors(checkpoint, layout, plan)
+        return checkpoint.config | {"quantization_config": quantisation_config(understanding, plan, weights)}, [NOTE]
     if not plan.dropped():
         return checkpoint.config, []
     count = len(plan.kept(layout.routed[0]))

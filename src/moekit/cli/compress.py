@@ -26,7 +26,7 @@ def compress(
     model: str = typer.Argument(help="A recipe (.yaml), or a model: a folder, a hub id, or refmoe."),
     data: list[str] = typer.Option([], help="Calibration text, NAME=PATH; may be given several times."),
     eval_data: list[str] = typer.Option([], "--eval", help="Text to compare the result on, NAME=PATH; several times."),
-    method: str | None = typer.Option(None, help="How experts are scored (see `moekit methods`).  [default: easy-ep]"),
+    method: str | None = typer.Option(None, help="How it is decided (see `moekit methods`).  [default: easy-ep]"),
     keep: str | None = typer.Option(None, help="Share (0.5, 50%) or number (64) of experts that a layer keeps."),
     domain: list[str] = typer.Option([], help="Domains whose statistics count.  [default: all]"),
     out: str | None = typer.Option(None, help="The folder to make."),
@@ -50,6 +50,7 @@ def compress(
     loads in stock transformers. An interrupted run goes on when the same command is given again.
     """
     from moekit.data import parse_data
+    from moekit.methods import names
 
     flags: dict[str, Any] = {
         "method": method,
@@ -78,7 +79,8 @@ def compress(
     with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
         if plan_only and not out:
             flags["out"] = str(Path(scratch) / "plan-only")
-        missing = [f"--{name}" for name in ("data", "keep", "out") if flags[name] is None]
+        needed = ("data", "out") if method in names("quantize") else ("data", "keep", "out")
+        missing = [f"--{name}" for name in needed if flags[name] is None]
         if missing:
             raise RecipeError(
                 f"{' and '.join(missing)} must be given",
@@ -128,12 +130,20 @@ def run_recipe(
 
 def before(job: Job, expected: Estimate) -> list[str]:
     """What will be done, and how long it may take."""
+    from moekit.methods import get
+
     layout, recipe = job.model.layout, job.recipe
+    quantised = get(recipe.method).kind == "quantize"
+    what = (
+        f"quantise the experts by {recipe.method}"
+        if quantised
+        else f"keep {recipe.keep} of the experts by {recipe.method}"
+    )
     tokens = sum(job.calibration.tokens.values())
     return [
         f"[bold]{job.model.name}[/]: {len(layout.routed)} MoE layers of {layout.routed[0].num_experts} experts, "
         f"{format_bytes(layout.total.bytes)}",
-        f"  keep {recipe.keep} of the experts by {recipe.method}, measured on {tokens:,} tokens",
+        f"  {what}, measured on {tokens:,} tokens",
         f"  expected: {format_bytes(expected.bytes_after)} at the end; "
         f"about {duration(expected.measure_s)} to measure, {duration(expected.bake_s)} to write",
     ]

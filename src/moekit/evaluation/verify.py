@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import psutil
 import torch
@@ -11,10 +12,12 @@ import torch
 from moekit.data import Batch, Dataset
 from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.model import Model
+from moekit.families.stock import PACKED
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest logit of a position
+PACKING = "compressed_tensors"  # what stock transformers reads packed integers with
 AGREEING = 0.99  # share of positions within tolerance: near-ties in a router may fall either way by a rounding error
 SEQUENCES, LENGTH = 4, 128
 
@@ -50,7 +53,8 @@ def verify(
     """Compare `result`, loaded from its files, with `source` under the live plan, on a few sequences of `data`.
 
     Small models are compared in float32 and loaded by stock transformers; where the new model does not fit in half of
-    the free memory, its stock layers are streamed, in its own dtype.
+    the free memory, or is packed and the package for that is not installed, its stock layers are streamed, in its own
+    dtype.
 
     Args:
         source: the model that was changed.
@@ -61,7 +65,8 @@ def verify(
         progress: told as layers pass.
     """
     params = sum(part.params for name, part in result.layout.parts.items() if name != "mtp")
-    fits = 4 * params < psutil.virtual_memory().available / 2 and result.layout.quantisation is None
+    stock = result.layout.quantisation is None or (result.layout.quantisation in PACKED and find_spec(PACKING))
+    fits = stock and 4 * params < psutil.virtual_memory().available / 2
     dtype = torch.float32 if fits else result.dtype
     batches = _sample(data)
     live = logits_of(Subject(source, plan), batches, dtype, progress=progress)

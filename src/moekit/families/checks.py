@@ -41,7 +41,7 @@ def check_numbers(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[s
             raise ModelError(
                 "this weight is quantised in a way that is not supported",
                 where=f"{checkpoint.path}: {placement.name}",
-                expected="floating-point numbers, fp8 with block scales, or mxfp4 blocks and scales",
+                expected="floating-point numbers, fp8 with block scales, mxfp4 blocks and scales, or packed integers",
                 got=f"{info.dtype} {list(info.shape)}" + (" without scales" if bare else ""),
                 fix="use the unquantised checkpoint and quantise the result",
             )

@@ -19,7 +19,7 @@ from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
 from moekit.families.parts import active_params, count_parts, mtp_layers
 from moekit.families.probe import Probed, probe_router
-from moekit.families.stock import ExpertsAt, build, find_experts, load_config, quantisation
+from moekit.families.stock import PACKED, ExpertsAt, build, find_experts, load_config, quantisation
 from moekit.layout import ExpertTensor, Layout, MoELayer
 
 EXPERT_COUNT = re.compile(
@@ -78,11 +78,13 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     layers = _layers(checkpoint, config, model, family, experts, placed, axes)
     stack = model.get_submodule(experts[0].layers_path)
     layers += mtp_layers(checkpoint, layers, unused, len(stack))
-    parts = count_parts(checkpoint, placed, unused, layers, experts[0].layers_path, len(stack))
+    bits = PACKED.get(method or "", 0)
+    parts = count_parts(checkpoint, placed, unused, layers, experts[0].layers_path, len(stack), bits)
     text = config.get_text_config()
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
-        sizes[info.dtype] += info.bytes
+        if not bits or DTYPES[info.dtype].is_floating_point:
+            sizes[info.dtype] += info.bytes
     layout = Layout(
         family=config.model_type,
         text_family=text.model_type,
@@ -332,5 +334,6 @@ def _probe(
 
 
 def dtype_of(layout: Layout) -> torch.dtype:
-    """The dtype in which the model runs: its own, or bfloat16 for quantised checkpoints."""
-    return torch.bfloat16 if layout.quantisation else getattr(torch, layout.dtype)
+    """The dtype in which the model runs: its own (of what is not packed), or bfloat16 for fp8 and mxfp4."""
+    packed = layout.quantisation in PACKED
+    return torch.bfloat16 if layout.quantisation and not packed else getattr(torch, layout.dtype)

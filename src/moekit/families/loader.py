@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from moekit.checkpoint.reader import DTYPES, Checkpoint
-from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
+from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4, dequantise_packed
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.detect import Understanding, dtype_of
 from moekit.families.family import ExpertForm
-from moekit.families.names import SCALES, Placement, convert
+from moekit.families.names import COMPANIONS, SCALES, Placement, convert
 from moekit.families.seam import IMPLEMENTATION
-from moekit.families.stock import build
+from moekit.families.stock import PACKED, build
 
 OUTER = -1  # the index of everything that is not in a decoder layer
 
@@ -70,6 +70,7 @@ class Loader:
         self.layers = self.model.get_submodule(self.layers_path)
         self._family = understanding.family
         self._block = _fp8_block(checkpoint.config)
+        self._bits = PACKED.get(understanding.layout.quantisation or "", 0)
         self._plan = [
             (re.compile(pattern.replace("*", ".*")), dtype)
             for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()
@@ -122,7 +123,7 @@ class Loader:
         return self.edit(index, out) if self.edit else out
 
     def _read_parameter(self, key: str, group: list[Placement]) -> dict[str, torch.Tensor]:
-        weights = [x for x in group if x.suffix not in SCALES]
+        weights = [x for x in group if x.suffix not in COMPANIONS]
         scales = {x.weight: x.name for x in group if x.suffix in SCALES}
         target, converter = self._meta.get(key), weights[0].converter
         if target is not None and all(x.expert is not None and x.stacks for x in weights):
@@ -141,7 +142,15 @@ class Loader:
         scale = self.checkpoint.read(scales[placement.weight])
         if placement.suffix == "_blocks":
             return dequantise_mxfp4(tensor, scale, self.dtype)
+        if placement.suffix == ".weight_packed":
+            return dequantise_packed(tensor, scale, self._shape(placement), self._bits, self.dtype, placement.name)
         return dequantise_fp8(tensor, scale, self._block, self.dtype, placement.name)
+
+    def _shape(self, placement: Placement) -> tuple[int, ...]:
+        """The shape of a weight, packed or not."""
+        if placement.suffix != ".weight_packed":
+            return self.checkpoint.info(placement.name).shape
+        return tuple(self.checkpoint.read(placement.weight + "_shape").tolist())
 
     def _stack(self, key: str, group: list[Placement], scales: dict[str, str], target: torch.Tensor) -> torch.Tensor:
         """A fused parameter made of one tensor (or two, laid one under the other) an expert."""
@@ -167,8 +176,8 @@ class Loader:
             part = out[placement.expert]
             if len(sources) > 1:
                 part = part[starts[placement.pattern] : starts[placement.pattern] + widths[placement.pattern]]
-            if part.shape != info.shape:
-                raise _shape_error(placement.name, part.shape, info.shape)
+            if part.shape != (shape := self._shape(placement)):
+                raise _shape_error(placement.name, part.shape, shape)
             if dtype == DTYPES[info.dtype] and part.is_contiguous():
                 self.checkpoint.read_into(info, part)
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from moekit.checkpoint.reader import Checkpoint
 from moekit.errors import ModelError, RecipeError
 from moekit.families.detect import Understanding, dtype_of, understand
 from moekit.families.loader import Loader
-from moekit.families.stock import model_class
+from moekit.families.stock import PACKED, model_class
 from moekit.layout import Layout
 from moekit.markup import html_table
 
@@ -88,12 +90,20 @@ class Model:
         """
         check_device(device)
         cls = model_class(self.understanding.config, self.trust_remote_code) or AutoModelForCausalLM
+        packed = self.layout.quantisation in PACKED
+        quiet = redirect_stderr(StringIO()) if packed else nullcontext()  # compressed-tensors draws bars of its own
         try:
-            model = cls.from_pretrained(self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code)
+            with quiet:
+                model = cls.from_pretrained(
+                    self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code
+                )
         except (ValueError, ImportError, RuntimeError) as error:
             raise ModelError(
                 "stock transformers cannot load this model here", where=self.path, got=str(error)[:500]
             ) from error
+        if packed:  # stock transformers leaves these in the dtype of their scales
+            for at in self.understanding.experts:
+                model.get_submodule(at.path).to(dtype or self.dtype)
         return model.to(device).eval()
 
     def __repr__(self) -> str:

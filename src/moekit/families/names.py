@@ -25,9 +25,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-# Ends of the names of a quantised weight's tensors, and what the weight's name has there; first those that scale it.
-SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight": ".weight"}
-QUANTISED = SCALES | {"_blocks": ""}
+# Ends of the names of a quantised weight's tensors, and what the weight's name has there: those that scale it, those
+# that lie beside it, all.
+SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight": ".weight", ".weight_scale": ".weight"}
+COMPANIONS = SCALES | {".weight_shape": ".weight"}
+QUANTISED = COMPANIONS | {"_blocks": "", ".weight_packed": ".weight"}
 
 
 def quantised_suffix(name: str) -> str:

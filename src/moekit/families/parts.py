@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
-from moekit.families.names import SCALES, Placement, natural_key, quantised_suffix
+from moekit.families.names import COMPANIONS, Placement, natural_key, quantised_suffix
 from moekit.layout import ExpertTensor, MoELayer, Part
 
 
@@ -49,12 +49,14 @@ def mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]
     return out
 
 
-def _params(info: TensorInfo, placement: Placement | None) -> int:
-    """Parameters that a tensor holds; scales of quantised weights are none."""
+def _params(info: TensorInfo, placement: Placement | None, bits: int) -> int:
+    """Parameters that a tensor holds; scales and shapes of quantised weights are none."""
     suffix = placement.suffix if placement else quantised_suffix(info.name)
     if suffix == "_blocks":
         return 2 * info.bytes  # two 4-bit values a byte
-    return 0 if suffix in SCALES else prod(info.shape)
+    if suffix == ".weight_packed" and bits:
+        return 8 * info.bytes // bits
+    return 0 if suffix in COMPANIONS else prod(info.shape)
 
 
 def count_parts(
@@ -64,6 +66,7 @@ def count_parts(
     layers: list[MoELayer],
     layers_path: str,
     num_layers: int,
+    bits: int = 0,
 ) -> dict[str, Part]:
     """Bytes and parameters by part.
 
@@ -74,6 +77,7 @@ def count_parts(
         layers: the MoE layers, multi-token-prediction ones included.
         layers_path: module path of the list of decoder layers.
         num_layers: its length.
+        bits: of packed integers, where weights are such.
     """
     roles = {
         x.name: "experts" if x.role == "expert" else "routers"
@@ -93,7 +97,7 @@ def count_parts(
             part = roles[name]
         else:
             part = _part_of(placed[name].key, layers_path)
-        parts[part] += Part(info.bytes, _params(info, placed.get(name)))
+        parts[part] += Part(info.bytes, _params(info, placed.get(name), bits))
     return parts
 
 

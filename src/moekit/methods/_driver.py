@@ -1,4 +1,4 @@
-"""make_plan: what every method that cuts a model's experts goes through before its kind takes over."""
+"""make_plan: what every method that makes a model smaller goes through before its kind takes over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from moekit.errors import PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
 from moekit.methods import budget as budgets
-from moekit.methods import merge, prune
+from moekit.methods import merge, prune, quantize
 from moekit.methods._registry import Method, get
 from moekit.methods.common import Domain
 from moekit.plans import Plan
@@ -25,14 +25,14 @@ def make_plan(
     layout: Layout,
     /,
     *,
-    keep: float | int,
+    keep: float | int | None = None,
     domain: Domain = None,
     seed: int = 0,
     budget: str = "uniform",
     protect: str = "super",
     **options: Any,
 ) -> Plan:
-    """The plan of a method that leaves layers fewer experts.
+    """The plan of a method that leaves layers fewer experts, or experts fewer bits.
 
     Multi-token-prediction layers, which no statistics cover, are left out of it.
 
@@ -40,7 +40,7 @@ def make_plan(
         name: of the method, as "easy-ep" or "m-smoe".
         stats: of the model.
         layout: of the model.
-        keep: share (0.5) or number (64) of experts that a layer keeps.
+        keep: share (0.5) or number (64) of experts that a layer keeps; not for quantising, which keeps all.
         domain: whose statistics count; None: all.
         seed: for methods that draw.
         budget: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
@@ -49,22 +49,25 @@ def make_plan(
             the mean of the group's rows.
 
     Raises:
-        RecipeError: no such method, option, budget or protection.
+        RecipeError: no such method, option, budget or protection; no `keep`, or one where all experts stay.
         PlanError: statistics of another model, or a budget that a layer's router cannot work with.
         DataError: no such domain, a quantity that was not measured, or scores that are no numbers.
     """
     method, rows, settings = check_options(name, ({"seed": seed} if "seed" in get(name).options else {}) | options)
     _one_of("budget", budget, BUDGETS)
     _one_of("protect", protect, PROTECT)
+    keep = check_keep(method, keep)
     counts = budgets.uniform(layout, keep)
     if stats.layout_hash != layout.hash or counts.keys() - stats.layers.keys():
         raise PlanError(
             "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
         )
-    make = {"prune": prune.make_plan, "merge": merge.make_plan}[method.kind]
-    plan = make(
-        method, stats, layout, keep=keep, domain=domain, budget=budget, protect=protect, settings=settings, **rows
-    )
+    if method.kind == "quantize":
+        plan = quantize.make_plan(method, stats, layout, domain=domain, settings=settings)
+    else:
+        plan = {"prune": prune.make_plan, "merge": merge.make_plan}[method.kind](
+            method, stats, layout, keep=keep, domain=domain, budget=budget, protect=protect, settings=settings, **rows
+        )
     plan.check(layout)
     return plan
 
@@ -80,6 +83,29 @@ def check_options(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[s
     for what, value in rows.items():
         _one_of(what, value, ROUTER_ROWS)
     return method, rows, method.settings(own)
+
+
+def check_keep(method: Method, keep: float | int | None) -> float | int:
+    """`keep` as the method takes it: a quantising one keeps all experts, every other must be told.
+
+    Raises:
+        RecipeError: it is missing, or a quantising method is to keep fewer.
+    """
+    if method.kind != "quantize":
+        if keep is None:
+            raise RecipeError(
+                f"{method.name!r} must be told how many experts to keep", where="keep", fix="add keep: 0.5"
+            )
+        return keep
+    if keep is not None and (type(keep) is int or keep != 1.0):
+        raise RecipeError(
+            f"{method.name!r} quantises experts and drops none",
+            where="keep",
+            expected="1.0, or left out",
+            got=keep,
+            fix="first prune or merge, then quantise the result",
+        )
+    return 1.0
 
 
 def _one_of(what: str, given: str, choices: tuple[str, ...]) -> None:

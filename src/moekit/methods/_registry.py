@@ -25,6 +25,8 @@ METHODS = {
     "easy-ep": "moekit.methods.prune.easy_ep:scores",
     "m-smoe": "moekit.methods.merge.m_smoe:groups",
     "hc-smoe": "moekit.methods.merge.hc_smoe:groups",
+    "rtn-int8": "moekit.methods.quantize.rtn:int8",
+    "rtn-int4": "moekit.methods.quantize.rtn:int4",
 }
 
 
@@ -34,7 +36,7 @@ class Method:
 
     Attributes:
         name: as in the registry.
-        kind: what it does, and the folder that it lives in: "prune" or "merge".
+        kind: what it does, and the folder that it lives in: "prune", "merge" or "quantize".
         needs: names of `moekit.stats.FIELDS` that it reads.
         summary: one line for lists.
         paper: title and arXiv id; empty for baselines without one.
