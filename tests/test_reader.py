@@ -483,9 +483,10 @@ class FakeHub(fsspec.AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **_: object) -> list:
         assert path == "org/model"
-        return [
+        rows = [
             {"name": f"org/model/{x.name}", "size": x.stat().st_size, "type": "file"} for x in self.folder.iterdir()
         ]
+        return rows if detail else [x["name"] for x in rows]
 
     def info(self, path: str, **_: object) -> dict:
         return LocalFileSystem().info(str(self.local(path)))

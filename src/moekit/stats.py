@@ -302,8 +302,8 @@ class Stats:
                     fix="measure again",
                 )
             layers = {index: LayerStats.load(path / layer_file(index)) for index in head["layers"]}
-            counts = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
-            return cls(head["layout_hash"], tuple(head["domains"]), *counts, layers, head["manifest"])
+            tokens, sequences = (np.array(head[name], np.int64) for name in ("tokens", "sequences"))
+            return cls(head["layout_hash"], tuple(head["domains"]), tokens, sequences, layers, head["manifest"])
         except FileNotFoundError as error:
             raise DataError(
                 "these are no statistics",

@@ -56,11 +56,11 @@ def remote_checkpoint(repo_id: str) -> Checkpoint:
         folder = Path(hf_hub_download(repo_id, "config.json")).parent
         config = read_config(folder)
         files = HfFileSystem()
-        sizes = {x["name"].removeprefix(f"{repo_id}/"): x["size"] for x in files.ls(repo_id)}
+        names = {str(x).removeprefix(f"{repo_id}/") for x in files.ls(repo_id, detail=False)}
         index = f"{repo_id}/{INDEX}"
-        if SINGLE in sizes:  # before an index, as stock transformers chooses
+        if SINGLE in names:  # before an index, as stock transformers chooses
             weight_map = None
-        elif INDEX in sizes:
+        elif INDEX in names:
             weight_map = parse_index(files.read_text(index, encoding="utf-8"), index)
         else:
             raise ModelError(
@@ -68,7 +68,7 @@ def remote_checkpoint(repo_id: str) -> Checkpoint:
             )
 
         def header(shard: str) -> dict[str, TensorInfo]:
-            if "/" not in shard and shard not in sizes:
+            if "/" not in shard and shard not in names:
                 raise CheckpointError("a shard is missing", where=f"{repo_id}/{shard}", fix="look for another copy")
             with files.open(f"{repo_id}/{shard}", "rb", block_size=FETCH_BYTES) as stream:
                 return parse_header(Path(shard), stream.read(8), stream.read, stream.size)

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from functools import cache
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -26,7 +27,7 @@ REFUSALS = {
 }
 
 INTERRUPTED = 130  # what shells say of a program that ctrl-c has ended
-UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer uses: its own, or the library
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses: its own, or the library
 
 app = typer.Typer(
     name="moekit",
