@@ -50,7 +50,7 @@ def coactivation(source: Source) -> dict[str, Any] | None:
         "shown": Packed(np.where(shown < 0, NO_EXPERT, shown)),
         "lift": Packed(lifts, 16 if lifts.size < MATRIX_CELLS // 2 else 8, log=True),
         "pairs": pairs,
-        "limit": float(np.clip(np.quantile(spread, 0.99), 0.5, 4)) if len(spread) else 1.0,
+        "limit": float(np.clip(np.quantile(spread, 0.9), 0.5, 3)) if len(spread) else 1.0,
         "how": (
             "Lift N·N_ij / (N_i·N_j) over all pairs of a token's chosen experts: 1× is what independent choices would "
             f"give; pairs are named that came at least {PAIR_COUNT} times."

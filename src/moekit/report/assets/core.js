@@ -47,7 +47,7 @@ const svg = (tag, props, ...children) => fill(document.createElementNS("http://w
 
 const number = (x, digits = 3) => {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
-  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5)) return x.toExponential(digits - 1).replace("-", "−");
+  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5)) return x.toExponential(digits - 1).replaceAll("-", "−");
   return Number(x.toPrecision(digits)).toLocaleString("en").replace("-", "−");
 };
 const percent = (x) => {
@@ -56,6 +56,7 @@ const percent = (x) => {
   return `${shown === 0 ? "0" : Math.abs(shown) >= 0.995 ? shown.toFixed(1).replace("-", "−") : number(shown, 2)}%`;
 };
 const signed = (x, show = number) => (x > 0 ? "+" : "") + show(x);
+const fixed = (x) => `${x > 0 ? "+" : ""}${x.toFixed(4).replace("-", "−")}`;
 const times = (x) => `${number(x)}×`;
 const name = (l, e) => `${DATA.layers[l]}.${e}`;
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");

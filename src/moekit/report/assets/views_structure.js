@@ -29,7 +29,7 @@ function scatter(title, points, { xLabel, yLabel, log, label, colour, radius, te
     const text = label?.(p);
     if (text && named.some((q) => Math.abs(x(q.x) - x(p.x)) < 8 * String(text).length && Math.abs(y(q.y) - y(p.y)) < 11)) continue;
     if (text) named.push(p);
-    if (text) root.append(svg("text", { class: "strong", x: x(p.x) + 6, y: y(p.y) + 3.5 }, text));
+    if (text) root.append(svg("text", { class: "strong", x: x(p.x) + (radius ? radius(p) : 3.6) + 3, y: y(p.y) + 3.5 }, text));
   }
   const order = points.map((_, i) => i).sort((a, b) => points[a].x - points[b].x);
   let at = -1;

@@ -154,31 +154,35 @@ view("super", "Super experts", {
 
 view("ablation", "What is lost without an expert", {
   data: DATA.ablation,
-  see: "An expert matters to a domain where its full mark stands clear of the open ones: experts chosen as often, switched off in its place.",
+  see: "An expert matters to a domain where its full mark stands clear of the open one: what is lost without another expert that is chosen as often.",
   how: DATA.ablation?.how,
   draw(body) {
     const { rows } = DATA.ablation;
     const domains = [...new Set(rows.map((row) => row.domain))];
-    const spans = rows.flatMap((row) => [[row.change, row.low, row.high], row.matched, row.random].filter(Boolean));
-    const x = d3.scaleLinear([Math.min(0, d3.min(spans, (s) => s[1])), Math.max(1e-6, d3.max(spans, (s) => s[2]))], [6, 254]);
+    const x = d3.scaleLinear([0, 1], [6, 194]);
     const mark = ([value, low, high], y, fill) => [
       svg("line", { x1: x(low), x2: x(high), y1: y, y2: y, stroke: "currentColor", "stroke-width": 1.3 }),
       svg("circle", { cx: x(value), cy: y, r: 3.4, fill, stroke: "currentColor" }),
     ];
-    const bar = (row) => svg("svg", { viewBox: "0 0 260 26", width: 260, height: 26, "aria-hidden": true },
+    const bar = (row) => svg("svg", { viewBox: "0 0 200 26", width: 200, height: 26, "aria-hidden": true },
       svg("line", { class: "rule", x1: x(0), x2: x(0), y1: 0, y2: 26 }),
       mark([row.change, row.low, row.high], 8, "var(--mark)"), row.matched && mark(row.matched, 18, "var(--page)"));
-    const interval = (s) => (s ? `${signed(s[0])} (${signed(s[1])} to ${signed(s[2])})` : "–");
+    const value = (s) => (s ? fixed(s[0]) : "–");
     const shown = h("div");
-    const some = (n) => shown.replaceChildren(table([
-      ["expert", (row) => (row.at ? expertButton(...row.at) : row.experts)],
-      ["share of tokens", (row) => percent(row.share), true],
-      ["loss change, nats a token", bar],
-      ["without it", (row) => interval([row.change, row.low, row.high]), true],
-      ["without one as frequent", (row) => interval(row.matched), true],
-      ["without a random one", (row) => interval(row.random), true],
-      ["excess", (row) => interval(row.excess), true],
-    ], rows.filter((row) => row.domain === domains[n]).sort((a, b) => (b.excess?.[0] ?? b.change) - (a.excess?.[0] ?? a.change))));
+    function some(n) {
+      const mine = rows.filter((row) => row.domain === domains[n]).sort((a, b) => (b.excess?.[0] ?? b.change) - (a.excess?.[0] ?? a.change));
+      const spans = mine.flatMap((row) => [[row.change, row.low, row.high], row.matched].filter(Boolean));
+      x.domain([Math.min(0, d3.min(spans, (s) => s[1])), Math.max(1e-6, d3.max(spans, (s) => s[2]))]);
+      shown.replaceChildren(table([
+        ["expert", (row) => (row.at ? expertButton(...row.at) : row.experts)],
+        ["share of tokens", (row) => percent(row.share), true],
+        ["loss change, nats a token", bar],
+        ["without it", (row) => fixed(row.change), true],
+        ["one as frequent", (row) => value(row.matched), true],
+        ["a random one", (row) => value(row.random), true],
+        ["excess (95%)", (row) => (row.excess ? `${fixed(row.excess[0])} (${fixed(row.excess[1])} to ${fixed(row.excess[2])})` : "–"), true],
+      ], mine));
+    }
     some(0);
     body.append(h("div", { class: "tools" }, choice("domain", domains, some)), shown);
   },
