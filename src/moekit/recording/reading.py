@@ -118,9 +118,7 @@ def trace(
             clear(folder)
             scores = _in_memory(model, layout, batches, recorder, plan, dtype, device, progress)
         else:
-            work = Checkpoints(
-                folder / "work", json.dumps(job, sort_keys=True), {"previous": recorder.previous}, checkpoint_s
-            )
+            work = Checkpoints(folder / "work", json.dumps(job, sort_keys=True), recorder.previous, checkpoint_s)
             stream = Stream(model.loader(dtype, device), spill_bytes=spill_bytes, checkpoints=work, progress=progress)
             scores = _streamed(stream, layout, batches, recorder, plan, after_layer, tokens)
         words = [np.unique(batch.ids[batch.mask].numpy()) for batch in batches]
