@@ -11,8 +11,10 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import linear
 
-ROW_BLOCK = 32  # bf16 row counts are padded to a multiple: oneDNN compiles one AMX kernel per distinct row count
-WIDE_ROWS = 64  # from here on a float32 copy of the weight costs less than it saves, where float32 is faster
+# oneDNN compiles a 16-bit kernel for every distinct number of rows, so numbers are padded to a multiple. AMX multiplies
+# 16 rows in the time of one. Where float32 takes over at WIDE_ROWS (copying the weight then costs less than it saves),
+# only few numbers are left.
+ROW_BLOCK, WIDE_ROW_BLOCK, WIDE_ROWS = 32, 8, 64
 
 
 class Products:
@@ -30,8 +32,9 @@ class Products:
     def __init__(self, hidden_TD: torch.Tensor, largest: int):
         narrow = hidden_TD.device.type == "cpu" and hidden_TD.dtype in (torch.bfloat16, torch.float16)
         self._hidden_TD = hidden_TD
-        self._block = ROW_BLOCK if narrow else 1
-        self._copy = torch.empty(largest) if narrow and float32_is_faster(hidden_TD.dtype) else None
+        wide = narrow and float32_is_faster(hidden_TD.dtype)
+        self._block = WIDE_ROW_BLOCK if wide else ROW_BLOCK if narrow else 1
+        self._copy = torch.empty(largest) if wide else None
 
     @property
     def dtype(self) -> torch.dtype:
