@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from moekit.cli import figure as verb
 from moekit.errors import DataError, OutputError, RecipeError
 from moekit.report import figures
 from synthetic import synthetic_trace
@@ -36,6 +39,15 @@ def test_every_figure_is_drawn_the_same_each_time(tmp_path, trace, kind):
 def test_other_formats(tmp_path, trace, kind, suffix):
     file = figures.save(trace, kind, tmp_path / "new" / f"figure{suffix}")
     assert file.read_bytes().startswith(STARTS[suffix])
+
+
+def test_the_verb_draws(tmp_path, trace):
+    app = typer.Typer()
+    app.command()(verb.figure)
+    arguments = ["flow", "--domain", "math", "--layer", "2", "--out", str(tmp_path / "f.svg")]
+    result = CliRunner().invoke(app, [str(trace.path), *arguments])
+    assert result.exit_code == 0, result.output
+    assert "layer 2" in (tmp_path / "f.svg").read_text()
 
 
 def test_one_domain_and_a_later_layer(tmp_path, trace):

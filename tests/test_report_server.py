@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
+import webbrowser
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import moekit
 from moekit import refmoe
+from moekit.cli import view as verb
 from moekit.errors import DataError, OutputError
 from moekit.recording import trace as record
 from moekit.recording.live import MOST_TOKENS, LiveTracer
@@ -29,6 +34,8 @@ def server(payload):
     def trace_text(text):
         if text == "bad":
             raise DataError("this text cannot be traced", got="nothing")
+        if text == "bug":
+            raise ZeroDivisionError("our mistake")
         return {"tokens": [text], "ids": [], "weights": [], "margin": [], "seconds": 0}
 
     with ReportServer(payload, trace_text) as running:
@@ -120,6 +127,48 @@ def test_a_users_mistake_is_told(server):
     assert status == 400
     assert "cannot be traced" in json.loads(body)["error"]
     assert ask(server, path="/other")[0] == 404
+
+
+def test_our_own_mistake_is_told_and_survived(server):
+    status, _, body = ask(server, body=json.dumps({"text": "bug"}))
+    assert status == 500
+    assert "ZeroDivisionError" in json.loads(body)["error"]
+    assert ask(server)[0] == 200
+
+
+def interrupted(_server):
+    raise KeyboardInterrupt
+
+
+def run(tmp_path, monkeypatch, *arguments):
+    """Output of `moekit view`, interrupted at once, and the addresses that the browser was sent to."""
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(ReportServer, "serve_forever", interrupted)
+    trace = synthetic_trace(tmp_path / "t")
+    app = typer.Typer()
+    app.command()(verb.view)
+    result = CliRunner().invoke(app, [str(trace.path), "--port", "0", *arguments])
+    if result.exception:
+        raise result.exception
+    return result.output, opened
+
+
+def test_the_verb_opens_the_browser(tmp_path, monkeypatch):
+    output, opened = run(tmp_path, monkeypatch)
+    assert re.search(r"http://127\.0\.0\.1:\d+/", output)[0] == opened[0]
+    assert "no password" not in output
+
+
+def test_the_verb_warns_when_others_can_reach_it(tmp_path, monkeypatch):
+    output, opened = run(tmp_path, monkeypatch, "--host", "0.0.0.0", "--no-browser")
+    assert "no password" in output
+    assert opened == []
+
+
+def test_the_verb_refuses_another_model(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="another model"):
+        run(tmp_path, monkeypatch, "refmoe")
 
 
 def test_without_a_model_there_is_no_question(payload):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -64,6 +65,11 @@ class ReportServer(ThreadingHTTPServer):
                 "cannot listen on this address", where=f"{host}:{port}", got=str(error), fix="try --port 0"
             ) from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         """Where the page is."""
@@ -113,6 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = self.report.trace_text(text)
         except UserError as error:
             return self._say(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+        except Exception as error:  # moekit's own mistake: the page says so, the server goes on
+            say = f"internal error {type(error).__name__}: {error}"
+            return self._say(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": say[:500]})
         return self._say(HTTPStatus.OK, answer)
 
     def _named_rightly(self) -> bool:

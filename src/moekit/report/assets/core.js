@@ -24,6 +24,7 @@ function part(array, ...indices) {
   return array.values.subarray(number * size, (number + 1) * size);
 }
 
+document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 if (typeof DecompressionStream === "undefined") {
   document.getElementById("views").textContent = "This browser is too old to unpack the report; any one of 2023 or later can.";
   return;
