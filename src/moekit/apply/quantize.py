@@ -1,6 +1,6 @@
 """Experts' weights as whole numbers: on disk as compressed-tensors' `pack-quantized`, live as they are read back.
 
-The form is what stock transformers (with the package compressed-tensors), vLLM and moekit read: for each expert's
+The form is what stock transformers (with the package compressed-tensors) and moekit read: for each expert's
 `gate_proj.weight` a `weight_packed`, a `weight_scale` and a `weight_shape`. All else of the model stays as it is.
 
 Round to nearest, for a group of columns of one row of a weight W:
