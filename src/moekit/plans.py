@@ -165,12 +165,8 @@ class Plan(BaseModel):
                 got=f"{layout.hash} ({layout.family})",
                 fix="make the plan again for this model",
             )
-        if layout.cannot_drop and self.dropped():
-            raise PlanError(
-                f"experts cannot be removed from models of the family {layout.family!r}",
-                got=layout.cannot_drop,
-                fix="see docs/families.md for what moekit can do with it",
-            )
+        if self.dropped():
+            check_droppable(layout)
         for index, experts in self.dropped().items():
             layer = layout.by_index.get(index)
             if layer is None:
@@ -313,6 +309,20 @@ def check_quantised(quantised: Mapping[int, Quantize], ops: Sequence[Op], layout
                 expected=f"a divisor of {layer.width} and {layer.inner_size}, or -1",
                 got=size,
             )
+
+
+def check_droppable(layout: Layout) -> None:
+    """Refuse a model that no expert can be removed from.
+
+    Raises:
+        PlanError: with the reason.
+    """
+    if layout.cannot_drop:
+        raise PlanError(
+            f"experts cannot be removed from models of the family {layout.family!r}",
+            got=layout.cannot_drop,
+            fix="see docs/families.md for what moekit can do with it",
+        )
 
 
 def check_feasible(layer: MoELayer, kept: tuple[int, ...]) -> None:

@@ -103,14 +103,21 @@ def part_rows(layout: Layout) -> list[tuple[str, str, str, str]]:
 
 def abilities(layout: Layout) -> list[str]:
     """What moekit can do with it, and the most that can go."""
+    if layout.cannot_run:
+        return [f"can be inspected, not run: {layout.cannot_run}"]
+    if layout.cannot_drop:
+        return [f"can be measured and evaluated, not pruned: {layout.cannot_drop}"]
     layer = min(layout.routed, key=lambda x: x.num_experts)
     router = layer.router
     need = max(2, -(-layer.top_k // router.groups_kept)) * router.groups if router.groups > 1 else layer.top_k
-    saved = sum((x.num_experts - need) * x.expert_bytes for x in layout.layers)
-    half = sum(x.expert_bytes * (x.num_experts // 2) for x in layout.layers)
+
+    def saved(keep: int) -> str:
+        experts = sum((x.num_experts - keep) * x.expert_bytes for x in layout.routed)
+        return f"keeping {keep} saves {format_bytes(experts + layout.parts['mtp'].bytes)}"
+
     lines = [
         f"can be measured, pruned and evaluated; at least {need} of {layer.num_experts} experts must stay a layer",
-        f"keeping half of the experts saves {format_bytes(half)}, keeping {need} saves {format_bytes(saved)}",
+        ", ".join(saved(keep) for keep in sorted({max(need, layer.num_experts // 2), need}, reverse=True)),
     ]
     if any(x.mtp for x in layout.layers):
         lines.append(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moekit.layout import Layout, MoELayer
-from moekit.plans import keep_count
+from moekit.plans import check_droppable, keep_count
 
 
 def fewest(layer: MoELayer) -> int:
@@ -22,9 +22,12 @@ def uniform(layout: Layout, keep: float | int) -> dict[int, int]:
     """Experts to keep by layer, the same share or number in each.
 
     Raises:
-        PlanError: impossible, or too few for a layer's router.
+        PlanError: impossible, too few for a layer's router, or a model that no expert can be removed from.
     """
-    return {layer.index: keep_count(layer, keep) for layer in layout.routed}
+    counts = {layer.index: keep_count(layer, keep) for layer in layout.routed}
+    if any(counts[layer.index] < layer.num_experts for layer in layout.routed):
+        check_droppable(layout)
+    return counts
 
 
 def pooled(
