@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moekit
+import tiny
 from moekit import refmoe
 from moekit.cli import compress, main
 from moekit.plans import Plan
-from moekit.recipe import Recipe
+from moekit.recipe import Recipe, format_bytes
 from moekit.stats import Stats
 
 JOB = ["--data", "code=code.txt", "--keep", "0.5", "--tokens", "512", "--sequence-length", "64"]
@@ -226,6 +227,19 @@ def test_inspect_as_text_and_as_json(cli, place):
     assert data["hash"] == moekit.open("model").layout.hash
     for part in ("8 experts, top-2", "softmax", "qwen3_moe", "at least 2 of 8 experts must stay"):
         assert part in text.out
+    bytes_of_one = data["layers"][0]["expert_bytes"]
+    assert f"keeping 4 saves {format_bytes(12 * bytes_of_one)}, keeping 2 saves" in text.out
+
+
+def test_inspect_says_what_can_be_done(cli, place):
+    """Also of models that little can be done with."""
+    for family, said in [
+        ("deepseek_v3", "keeping 4 saves"),
+        ("ernie4_5_vl_moe", "can be measured and evaluated, not pruned"),
+        ("diffusion_gemma", "can be inspected, not run"),
+    ]:
+        other_family(family)()
+        assert said in cli("inspect", "model").out
 
 
 def test_methods_are_listed(cli):
@@ -311,6 +325,10 @@ def job(
     return ["compress", model, "--data", data, "--keep", keep, "--out", out, *more]
 
 
+def other_family(family: str) -> Callable[[], object]:
+    return lambda: (shutil.rmtree("model"), tiny.save_talker(Path("model"), family))
+
+
 # what is wrong -> (preparation, command, what the message must say: what, where, how to mend it)
 BAD = {
     "no such model": (None, job(model="modle"), ["no such model folder", "modle", "refmoe"]),
@@ -326,6 +344,16 @@ BAD = {
         lambda: spoil("config.json", lambda x: x.update(quantization_config={"quant_method": "awq", "bits": 4})),
         job(),
         ["'awq'", "quant_method", "unquantised"],
+    ),
+    "family that cannot be cut": (
+        other_family("ernie4_5_vl_moe"),
+        job(),
+        ["cannot be removed", "'ernie4_5_vl_moe'", "docs/families.md"],
+    ),
+    "family that cannot be run": (
+        other_family("diffusion_gemma"),
+        job(),
+        ["cannot be removed", "block-diffusion", "docs/families.md"],
     ),
     "too small keep": (None, job(keep="0.1"), ["chooses 2 experts", "layer 0", "keep at least 2 experts"]),
     "too small number to keep": (None, job(keep="1"), ["only 1 would be left", "layer 0", "at least 2 experts"]),
