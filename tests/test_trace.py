@@ -21,7 +21,7 @@ from moekit.families.model import Model
 from moekit.measurement import measure
 from moekit.plans import Drop, Plan
 from moekit.recording import recorder, trace, trace_generation
-from moekit.recording.generation import load_prompts
+from moekit.recording.prompts import load_prompts
 from moekit.tally import Tally
 from moekit.trace import Trace, tables
 from moekit.trace.store import layer_spec

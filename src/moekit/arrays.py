@@ -74,7 +74,7 @@ class ArrayFile:
         offset, dtype, shape = self._places[name]
         if values.shape[1:] != shape[1:] or row < 0 or row + len(values) > shape[0]:
             raise ValueError(f"{name}: rows {row} + {values.shape} do not fit into {shape}")
-        data = memoryview(np.ascontiguousarray(values, dtype)).cast("B") if values.size else b""
+        data = np.ascontiguousarray(values, dtype).reshape(-1).view(np.uint8).data
         self._file.seek(offset + row * prod(shape[1:]) * dtype.itemsize)
         while len(data):
             data = data[self._file.write(data) :]

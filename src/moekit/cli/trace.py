@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from moekit.families.model import Model
+    from moekit.recording.reading import InMemory
     from moekit.trace import Trace
 
 SHOWN_EXPERTS = 8  # of those that were never used
@@ -56,8 +57,9 @@ def trace(
     """
     import moekit
     from moekit import recording
+    from moekit.data import parse_data
     from moekit.plans import Plan
-    from moekit.recording.generation import load_prompts
+    from moekit.recording.prompts import load_prompts
     from moekit.trace.parquet import library
 
     if generate and (data or plan):
@@ -66,34 +68,28 @@ def trace(
         library()
         check_file(parquet)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
-    kept = {"tokens": tokens or parquet is not None, "logits": logits, "outputs": outputs}
-    where = {"out": out, "dtype": _dtype(dtype), "device": device, "overwrite": overwrite}
     with bars() as progress:
+        settings: dict[str, Any] = {
+            "out": out,
+            "tokens": tokens or parquet is not None,
+            "logits": logits,
+            "outputs": outputs,
+            "dtype": _dtype(dtype),
+            "device": device,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
         if generate:
-            from moekit.data import parse_data
-
+            prompts = load_prompts(parse_data(generate))
             found = recording.trace_generation(
-                opened,
-                load_prompts(parse_data(generate)),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=progress,
-                **kept,
-                **where,
+                opened, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings
             )
         else:
             texts = moekit.load_data(
                 opened, _texts(opened, data), tokens=tokens_per_domain, sequence_length=sequence_length, seed=seed
             )
-            found = recording.trace(
-                opened,
-                texts,
-                in_memory="auto" if in_memory is None else in_memory,
-                plan=Plan.load(plan) if plan else None,
-                progress=progress,
-                **kept,
-                **where,
-            )
+            whole: InMemory = "auto" if in_memory is None else in_memory
+            found = recording.trace(opened, texts, in_memory=whole, plan=Plan.load(plan) if plan else None, **settings)
         if parquet:
             found.to_parquet(parquet, progress=progress)
     summary(found, out)

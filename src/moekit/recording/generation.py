@@ -22,14 +22,14 @@ from torch import nn
 
 from moekit.arrays import read_arrays
 from moekit.checkpoint.place import check_space
-from moekit.data import Batch, load_tokenizer
-from moekit.data.sources import Source
+from moekit.data import Batch
 from moekit.errors import DataError, ModelError
 from moekit.families.model import Model
 from moekit.families.seam import ExpertRows
 from moekit.layout import MoELayer
 from moekit.measurement import manifest_of
 from moekit.progress import Progress, silent
+from moekit.recording.prompts import Prompt, encode_prompts
 from moekit.recording.recorder import (
     TRACED,
     WITH_OUTPUTS,
@@ -47,7 +47,6 @@ from moekit.trace.words import count_words
 from moekit.trace.writer import TokenWriter, clear, load_layer_stats, save_head, save_layer_stats, seen_words
 from moekit.view import Call, MoEView, Observer
 
-Prompt = str | Sequence[int] | list[dict[str, Any]]  # text, token ids, or a chat's messages
 PREFILL, DECODE = 0, 1
 
 
@@ -199,64 +198,6 @@ def trace_generation(
             writer.remove()
         save_head(folder, stats, manifest, has_tokens=tokens)
     return Trace.open(final)
-
-
-def load_prompts(sources: Mapping[str, str]) -> dict[str, list[Prompt]]:
-    """Prompts by domain from files: each line of a text file, each record of a JSON file.
-
-    Of a chat, and of a prompt with its completion, a last turn of the assistant is left out: the model is to write it.
-
-    Raises:
-        DataError: a source that cannot be read, or holds no prompt.
-    """
-    out: dict[str, list[Prompt]] = {}
-    for name, spec in sources.items():
-        found: list[Prompt] = []
-        for document in Source(spec):
-            content = document.content
-            if isinstance(content, Path):
-                found += [line for line in content.read_text("utf-8-sig").splitlines() if line.strip()]
-            elif isinstance(content, str):
-                found.append(content)
-            else:
-                found.append(content[:-1] if content[-1]["role"] == "assistant" else content)
-        if not found:
-            raise DataError(f"the domain {name!r} has no prompts", where=spec, fix="give one on each line")
-        out[name] = found
-    return out
-
-
-def encode_prompts(model: Model, domain: str, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt.
-
-    Raises:
-        DataError: no prompts, an empty one, or a chat that the tokenizer cannot render.
-        ModelError: texts, but no tokenizer.
-    """
-    texts = any(isinstance(x, str) or (x and isinstance(x[0], dict)) for x in prompts)
-    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code) if texts else None
-    out = []
-    for number, prompt in enumerate(prompts, 1):
-        if isinstance(prompt, str):
-            row = tokenizer(prompt)["input_ids"]
-        elif prompt and isinstance(prompt[0], dict):
-            try:  # a template is a program of the model's author and raises what it likes
-                row = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-            except Exception as error:
-                raise DataError(
-                    "chat cannot be rendered by the tokenizer's chat template",
-                    where=f"domain {domain!r}, prompt {number}",
-                    got=str(error)[:200],
-                    fix="give plain text, or a chat model",
-                ) from None
-        else:
-            row = list(prompt)
-        if not row:
-            raise DataError("an empty prompt", where=f"domain {domain!r}, prompt {number}", fix="remove it")
-        out.append([int(x) for x in row])
-    if not out:
-        raise DataError(f"the domain {domain!r} has no prompts", fix="leave it out, or give it some")
-    return out
 
 
 def _describe(ids: Mapping[str, list[list[int]]], max_new_tokens: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -153,7 +154,7 @@ def _streamed(
 ) -> Iterator[Scored]:
     with live(MoEView(stream.model, layout), plan) if plan else contextlib.nullcontext():
         for logits in gather(stream, layout, batches, recorder, after_layer, head):
-            yield lambda batch, logits=logits: head_columns(logits, batch)
+            yield partial(head_columns, logits)
 
 
 def _in_memory(
@@ -175,5 +176,5 @@ def _in_memory(
             with recorder.compared(view, layers), view.watch(recorder):
                 logits = loaded(input_ids=batch.ids.to(device), use_cache=False).logits
             recorder.previous.clear()
-            yield lambda batch, logits=logits: head_columns(logits, batch)
+            yield partial(head_columns, logits)
             progress("batches", number + 1, len(batches))

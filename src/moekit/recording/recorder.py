@@ -10,7 +10,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -62,8 +62,9 @@ class Recorder(Gatherer):
         if self.writer is None:
             return
         keep = slice(None) if self._all_real else self._real.to(call.ids.device)
+        assert self.margin is not None
         arrays = {"ids": call.ids[keep], "weights": call.weights[keep].half(), "margin": self.margin.half()}
-        if self.writer.logits:
+        if self.writer.logits and call.logits is not None:
             arrays["logits"] = call.logits[keep].half()
         row = self.first_rows[self.batch[0]]
         self.writer.write_layer(call.layer.index, row, **{name: x.cpu().numpy() for name, x in arrays.items()})
@@ -158,8 +159,8 @@ def save_words(folder: Path, model: Model, ids: np.ndarray) -> None:
 
 def thinned(stats: LayerStats, layer: MoELayer) -> LayerStats:
     """A layer's sums with counts by token id made small (`moekit.trace.words.thin`): a trace is not added to."""
-    words = {name: thin(rows, layer.num_experts, layer.top_k) for name in WORDS if len(rows := getattr(stats, name))}
-    return replace(stats, **words)
+    small = {name: thin(rows, layer.num_experts, layer.top_k) for name in WORDS if len(rows := getattr(stats, name))}
+    return LayerStats(stats.arrays, **small)
 
 
 def check_domains(domains: Sequence[str], tokens: dict[str, int]) -> None:

@@ -98,7 +98,7 @@ def preferred(source: Stats | Trace) -> Table:
     stats = source.stats if isinstance(source, Trace) else source
     rows = []
     for number, domain in enumerate(domains):
-        best = (-np.inf,)
+        best: tuple[float, ...] = (-np.inf,)
         for index, layer in stats.layers.items():
             count_NE = np.asarray(layer.arrays["count"])
             share, overall = count_NE[number] / tokens_N[number], count_NE.sum(0) / tokens_N.sum()

@@ -49,14 +49,15 @@ def saturation(
     members = [np.flatnonzero(sequences.domain == number) for number in range(len(one.domains))]
     draws = [resample.draws(len(rows), resamples, rng) for rows in members]
     found = []
+    chunk = resample.ROWS // 8
     for index in one.layers:
         first, second = one.layer(index), other.layer(index)
         names = None if renumbered is None else np.asarray(renumbered[index])
         kept_S = np.zeros(len(sequences.tokens))
-        for start in range(0, len(first.ids), resample.ROWS // 8):
-            rows = slice(start, start + resample.ROWS // 8)
-            kept = common(first.ids[rows], second.ids[rows], first.num_experts, names) / first.top_k
-            kept_S += np.bincount(sequences.number[rows], weights=kept, minlength=len(kept_S))
+        for start in range(0, len(first.ids), chunk):
+            part = slice(start, start + chunk)
+            kept = common(first.ids[part], second.ids[part], first.num_experts, names) / first.top_k
+            kept_S += np.bincount(sequences.number[part], weights=kept, minlength=len(kept_S))
         for domain, rows, drawn in zip(one.domains, members, draws, strict=True):
             tokens = sequences.tokens[rows]
             low, high = resample.bootstrap(kept_S[rows, None], tokens, drawn)[:, 0]

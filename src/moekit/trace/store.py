@@ -68,21 +68,21 @@ class LayerTrace:
         num_experts: E.
         top_k: K.
         stats: its sums, over all phases.
-        ids: chosen experts [T, K], uint8 or uint16, in the model's order; E is a slot that stayed empty. None without
-            tokens, as `weights` and `margin`.
+        ids: chosen experts [T, K], uint8 or uint16, in the model's order; E is a slot that stayed empty. Without
+            tokens, T is 0, here and below.
         weights: what the model weighs them with [T, K], float16.
         margin: p_k - p_(k+1), by how much the last chosen expert beat the first that was not [T], float16.
-        logits: the router's [T, E], float16, where they were asked for.
+        logits: the router's [T, E], float16; T is 0 unless they were asked for.
     """
 
     index: int
     num_experts: int
     top_k: int
     stats: LayerStats
-    ids: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    margin: np.ndarray | None = None
-    logits: np.ndarray | None = None
+    ids: np.ndarray
+    weights: np.ndarray
+    margin: np.ndarray
+    logits: np.ndarray
 
 
 class Trace:
@@ -175,8 +175,9 @@ class Trace:
             DataError: the layer has no experts, or its file is damaged.
         """
         layer = self.moe_layer(index)
-        arrays = read_arrays(layer_path(self.path, index)) if self.has_tokens else {}
-        rows = {name: array[self.rows] for name, array in arrays.items()}
+        rows = {name: np.zeros((0, *shape[1:]), dtype) for name, (dtype, shape) in layer_spec(layer, 0, True).items()}
+        if self.has_tokens:
+            rows |= {name: array[self.rows] for name, array in read_arrays(layer_path(self.path, index)).items()}
         return LayerTrace(index, layer.num_experts, layer.top_k, self.stats.layers[index], **rows)
 
     def domain(self, name: str) -> Trace:

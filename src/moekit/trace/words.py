@@ -14,7 +14,7 @@ Symbols: T tokens, K chosen, E experts, X token ids.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -112,7 +112,13 @@ _KINDS = {
 
 
 def top_tokens(
-    source: Stats | Trace, layer: int, *, by: str = "npmi", per_expert: int = 10, expert: int | None = None, **settings
+    source: Stats | Trace,
+    layer: int,
+    *,
+    by: str = "npmi",
+    per_expert: int = 10,
+    expert: int | None = None,
+    **settings: Any,
 ) -> Table:
     """The token ids that stand out most for each expert of a layer (or for one), best first.
 

@@ -115,7 +115,7 @@ def save_head(folder: Path, stats: Mapping[str, Stats], manifest: Mapping, *, ha
     for phase, part in stats.items():
         part.save_head(folder / "stats" / phase)
     first = next(iter(stats.values()))
-    tokens = sum(part.tokens for part in stats.values())
+    tokens = np.sum([part.tokens for part in stats.values()], 0)
     head = {
         "schema": SCHEMA,
         **manifest,
