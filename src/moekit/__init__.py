@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moekit.apply.bake import Baked
     from moekit.data import Dataset
     from moekit.evaluation import Evaluation
     from moekit.families.model import Model
+    from moekit.pipeline import Result
     from moekit.plans import Plan
     from moekit.stats import Stats
 
@@ -109,24 +109,29 @@ def plan(
     return make_plan(method, stats, stats.layout, keep=keep, domain=domain, **settings)
 
 
-def bake(model: Model, plan: Plan, out: str | Path, **settings: Any) -> Baked:
-    """Write the model that a plan makes; `settings` go to `moekit.apply.bake.bake`.
+def bake(model: Model, plan: Plan, out: str | Path, *, data: Texts | Dataset | None = None, **settings: Any) -> Result:
+    """Write the model that a plan makes, and prove by stock transformers that it does what the plan says.
+
+    The folder also gets report.json, report.md, plan.json and a model card; `settings` go to `moekit.pipeline.produce`.
 
     Args:
         model: from `open`.
         plan: from `plan`.
         out: a new folder.
+        data: compare the result with its source on these texts, for the report.
 
     Raises:
-        UserError: see `moekit.apply.bake.bake`.
+        VerificationError: the files do not do what the plan says; they are kept beside `out`.
+        UserError: see `moekit.pipeline.produce`.
     """
-    from moekit.apply.bake import bake as run
+    from moekit.pipeline import produce
 
-    return run(model.checkpoint, model.understanding, plan, out, **settings)
+    texts = None if data is None else _dataset(model, data)
+    return produce(model, plan, Path(out), text=texts, evaluation=texts, **{"overwrite": False, **settings})
 
 
 def evaluate(
-    model: Model | Baked | str | Path, *, data: Texts | Dataset, against: Model | None = None, **settings: Any
+    model: Model | Result | str | Path, *, data: Texts | Dataset, against: Model | None = None, **settings: Any
 ) -> Evaluation:
     """Perplexity by domain and, against a source model, KL divergence and top-1 agreement.
 

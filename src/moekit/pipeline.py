@@ -7,6 +7,7 @@ interrupted run goes on where it stopped. Nothing is removed that this program h
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -75,14 +76,14 @@ class Estimate:
     bytes_after: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a run made.
 
     Attributes:
         path: the new model; None when only planned.
         plan: what was done.
-        stats: what it was decided from.
+        stats: what it was decided from; None where the plan was given.
         baked: what was written.
         verification: proof that the files do what the plan says.
         evaluation: the new model against its source, by domain.
@@ -90,12 +91,18 @@ class Result:
     """
 
     plan: Plan
-    stats: Stats
+    stats: Stats | None = None
     path: Path | None = None
     baked: Baked | None = None
     verification: Verification | None = None
     evaluation: Evaluation | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        proof = self.verification
+        said = "not verified" if proof is None else f"verified, logits within {proof.max_difference:.2g}"
+        size = f"{self.baked.bytes_before:,} -> {self.baked.bytes_after:,} bytes, " if self.baked else ""
+        return f"<Result {self.path}: {size}{said}>"
 
 
 def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool = False) -> Job:
@@ -218,38 +225,99 @@ def run(
     result = Result(plan, stats, seconds=seconds)
     if plan_only:
         return result
-    unverified = job.beside(UNVERIFIED)
+    made = produce(
+        model,
+        plan,
+        job.out,
+        recipe=recipe.to_yaml(),
+        text=job.evaluation or job.calibration,
+        evaluation=job.evaluation,
+        tokenizer=job.tokenizer,
+        prove=recipe.verify,
+        shard_bytes=recipe.shard_size,
+        dtype=job.dtype,
+        device=device,
+        seconds=seconds,
+        progress=progress,
+    )
+    if kept.exists():
+        shutil.rmtree(kept)
+        _remove_empty(kept.parent)
+    made.stats = stats
+    return made
+
+
+def produce(
+    model: Model,
+    plan: Plan,
+    out: Path,
+    *,
+    recipe: str = "",
+    text: Dataset | None = None,
+    evaluation: Dataset | None = None,
+    tokenizer: object = None,
+    prove: bool = True,
+    shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    overwrite: bool = True,
+    seconds: dict[str, float] | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Write the model that a plan makes, prove it, compare it, report; it gets its name when all of that is done.
+
+    Args:
+        model: the source.
+        plan: what to do to it.
+        out: the folder to make.
+        recipe: YAML of the whole job, for the record.
+        text: what the proof is read on; None: random tokens.
+        evaluation: what the result is compared with its source on; None: it is not.
+        tokenizer: to show what the new model writes.
+        prove: reload the result in stock transformers and compare it with the plan applied live.
+        shard_bytes: largest size of a file.
+        dtype: to evaluate in; None for the model's own.
+        device: to evaluate on.
+        overwrite: replace a model that lies at `out`.
+        seconds: filled with the time of each stage.
+        progress: told as work goes on.
+
+    Raises:
+        VerificationError: the files do not do what the plan says; they are kept as `OUT.failed`.
+        UserError: anything else that the user can mend.
+    """
+    seconds = {} if seconds is None else seconds
+    out = Path(out).resolve()
+    check_place(out, overwrite)
+    unverified = out.with_name(out.name + UNVERIFIED)
     if unverified.exists():
         shutil.rmtree(unverified)
+    result = Result(plan, seconds=seconds)
     with _timed(seconds, "bake"):
-        result.baked = bake(
+        baked = bake(
             model.checkpoint,
             model.understanding,
             plan,
             unverified,
-            provenance={"recipe": recipe.to_yaml()},
-            shard_bytes=recipe.shard_size,
+            provenance={"recipe": recipe},
+            shard_bytes=shard_bytes,
             progress=progress,
         )
-    baked = Model.open(unverified, trust_remote_code=model.trust_remote_code)
-    baked.name = job.out.name
-    if recipe.verify:
+    made = Model.open(unverified, trust_remote_code=model.trust_remote_code)
+    made.name = out.name
+    if prove:
         with _timed(seconds, "verify"):
-            result.verification = verify(model, plan, baked, job.evaluation or job.calibration, job.tokenizer, progress)
+            result.verification = verify(model, plan, made, text, tokenizer, progress)
         if not result.verification.ok:
-            _fail(job, unverified, result.verification)
-    if job.evaluation is not None:
+            _fail(out, unverified, result.verification)
+    if evaluation is not None:
         with _timed(seconds, "evaluate"):
-            result.evaluation = evaluate(
-                baked, job.evaluation, against=model, dtype=job.dtype, device=device, progress=progress
-            )
-    write_report(unverified, report_of(job, result))
-    baked.checkpoint.close()
-    replace(unverified, job.out)
-    if kept.exists():
-        shutil.rmtree(kept)
-        _remove_empty(kept.parent)
-    result.path = job.out
+            result.evaluation = evaluate(made, evaluation, against=model, dtype=dtype, device=device, progress=progress)
+    result.baked = dataclasses.replace(baked, path=out)
+    write_report(unverified, report_of(model, result, recipe))
+    made.checkpoint.close()
+    replace(unverified, out)
+    result.path = out
     return result
 
 
@@ -302,8 +370,8 @@ def _statistics(job: Job, folder: Path, device: str, progress: Progress) -> Stat
     return stats
 
 
-def _fail(job: Job, unverified: Path, found: Verification) -> None:
-    failed = job.beside(FAILED)
+def _fail(out: Path, unverified: Path, found: Verification) -> None:
+    failed = out.with_name(out.name + FAILED)
     shutil.rmtree(failed, ignore_errors=True)
     (unverified / WHY_FAILED).write_text(json.dumps(asdict(found), indent=1))
     unverified.rename(failed)
@@ -316,27 +384,27 @@ def _fail(job: Job, unverified: Path, found: Verification) -> None:
     )
 
 
-def report_of(job: Job, result: Result) -> Mapping[str, object]:
+def report_of(model: Model, result: Result, recipe: str = "") -> Mapping[str, object]:
     """Everything that the report says, as plain data."""
-    layout, plan, baked = job.model.layout, result.plan, result.baked
+    layout, plan, baked = model.layout, result.plan, result.baked
     return {
         "model": {
-            "name": job.model.name,
+            "name": model.name,
             "family": layout.family,
-            "fingerprint": job.model.fingerprint,
+            "fingerprint": model.fingerprint,
             "layout": layout.hash,
             "layers": len(layout.routed),
             "experts": layout.routed[0].num_experts,
         },
-        "recipe": job.recipe.to_yaml(),
+        "recipe": recipe,
         "method": plan.method,
         "kind": plan.kind,
         "settings": plan.settings,
         "kept": {str(layer.index): list(plan.kept(layer)) for layer in layout.routed},
         "bytes": {"before": baked.bytes_before, "after": baked.bytes_after} if baked else None,
-        "removed_gate_mass": methods.removed_gate_mass(plan, result.stats, layout, plan.settings["domain"]),
+        "removed_gate_mass": plan.measured.get("removed_gate_mass", {}),
         "notes": [*plan.notes, *(baked.notes if baked else ())],
-        "calibration": job.calibration.describe(),
+        "calibration": plan.made_from.get("data"),
         "verification": asdict(result.verification) if result.verification else None,
         "evaluation": result.evaluation.to_dict() if result.evaluation else None,
         "seconds": result.seconds,

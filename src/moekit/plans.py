@@ -110,6 +110,7 @@ class Plan(BaseModel):
         settings: of the method.
         made_from: fingerprints of model and data, versions.
         notes: what the method wants a reader to know (protected experts, warnings).
+        measured: numbers behind the notes, such as "removed_gate_mass": share by decoder layer index.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -121,6 +122,7 @@ class Plan(BaseModel):
     settings: dict = {}
     made_from: dict = {}
     notes: list[str] = []
+    measured: dict = {}
 
     def dropped(self) -> dict[int, tuple[int, ...]]:
         """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""

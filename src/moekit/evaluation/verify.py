@@ -48,7 +48,12 @@ class Verification:
 
 
 def verify(
-    source: Model, plan: Plan, result: Model, data: Dataset, tokenizer: object = None, progress: Progress = silent
+    source: Model,
+    plan: Plan,
+    result: Model,
+    data: Dataset | None = None,
+    tokenizer: object = None,
+    progress: Progress = silent,
 ) -> Verification:
     """Compare `result`, loaded from its files, with `source` under the live plan, on a few sequences of `data`.
 
@@ -60,7 +65,7 @@ def verify(
         source: the model that was changed.
         plan: what was done to it.
         result: the new checkpoint.
-        data: any text, tokenised.
+        data: any text, tokenised; None: random tokens.
         tokenizer: to show a generated text; None for none.
         progress: told as layers pass.
     """
@@ -68,7 +73,7 @@ def verify(
     stock = result.layout.quantisation is None or (result.layout.quantisation in PACKED and find_spec(PACKING))
     fits = stock and 4 * params < psutil.virtual_memory().available / 2
     dtype = torch.float32 if fits else result.dtype
-    batches = _sample(data)
+    batches = _sample(data) if data else _random(result.layout.vocab_size)
     live = logits_of(Subject(source, plan), batches, dtype, progress=progress)
     generated = None
     with contextlib.closing(live), contextlib.ExitStack() as stack:
@@ -110,6 +115,11 @@ def _sample(data: Dataset) -> list[Batch]:
             seen[batch.domain] += 1
             rows.append(Batch(batch.domain, batch.ids[:1, :LENGTH], batch.mask[:1, :LENGTH]))
     return rows
+
+
+def _random(vocab_size: int) -> list[Batch]:
+    ids = torch.randint(vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [Batch(0, row[None], torch.ones(1, LENGTH, dtype=torch.bool)) for row in ids]
 
 
 def _generate(model: torch.nn.Module, prompt: torch.Tensor, tokenizer: object) -> str:

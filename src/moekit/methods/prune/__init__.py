@@ -55,6 +55,8 @@ def make_plan(
         made_from=dict(stats.manifest),
     )
     plan.check(layout)
+    shares = removed_gate_mass(plan, stats, layout, domains)
+    plan.measured = {"removed_gate_mass": {str(index): share for index, share in shares.items()}}
     plan.notes = list(_notes(plan, stats, layout, domains, safe))
     return plan
 
