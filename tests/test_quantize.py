@@ -49,7 +49,12 @@ def test_packing_is_that_of_compressed_tensors_and_comes_back(bits, columns):
 
 def test_packed_numbers_that_do_not_fit_are_refused():
     packed, scale = pack_integers(torch.zeros(2, 16), 4), torch.ones(2, 2)
-    for wrong in ((packed, scale, (2, 24)), (packed, scale[:1], (2, 16)), (packed, torch.ones(2, 3), (2, 16))):
+    for wrong in (
+        (packed, scale, (2, 24)),
+        (packed, scale, (1, 2, 8)),
+        (packed, scale[:1], (2, 16)),
+        (packed, torch.ones(2, 3), (2, 16)),
+    ):
         with pytest.raises(CheckpointError, match="do not fit their weight"):
             dequantise_packed(*wrong, 4, torch.float32, "w")
 

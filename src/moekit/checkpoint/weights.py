@@ -85,7 +85,7 @@ def pack_integers(values_OI: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def dequantise_packed(
-    packed: torch.Tensor, scale_OG: torch.Tensor, shape: tuple[int, int], bits: int, dtype: torch.dtype, name: str = ""
+    packed: torch.Tensor, scale_OG: torch.Tensor, shape: tuple[int, ...], bits: int, dtype: torch.dtype, name: str = ""
 ) -> torch.Tensor:
     """Packed whole numbers times the scale of their group; the product is taken in the dtype of the scales.
 
@@ -100,7 +100,7 @@ def dequantise_packed(
     Raises:
         CheckpointError: numbers or scales are not as many as the shape says.
     """
-    rows, columns = shape
+    rows, columns = shape if len(shape) == 2 else (0, 0)
     groups = scale_OG.shape[-1] if scale_OG.dim() == 2 else 0
     words = -(-columns * bits // 32)
     if packed.shape != (rows, words) or scale_OG.shape[0] != rows or not groups or columns % groups:
