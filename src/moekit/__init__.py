@@ -145,8 +145,10 @@ def evaluate(
     """
     from moekit.evaluation import evaluate as run
     from moekit.families.model import Model
+    from moekit.pipeline import Result
 
-    opened = model if isinstance(model, Model) else Model.open(getattr(model, "path", model))
+    place = model.path if isinstance(model, Result) else model
+    opened = place if isinstance(place, Model) else Model.open(place or "nowhere: only planned")
     return run(opened, _dataset(opened, data), against=against, **settings)
 
 

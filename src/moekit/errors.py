@@ -1,4 +1,4 @@
-"""The errors that moekit raises for a user's mistake: each says where, what was expected, what was found, how to fix it.
+"""The errors that moekit raises for a user's mistake: where, what was expected, what was found, how to fix it.
 
 Everything that a user can cause (a wrong path, a recipe typo, a corrupt file, a full disk) is a `UserError` of one of
 the kinds below; the command line prints it on one screen and exits with 2. Any other exception is moekit's own bug: the

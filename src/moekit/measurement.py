@@ -52,7 +52,7 @@ class Gatherer(Observer):
         self.groups = frozenset(groups)
         self.wants_outputs = bool(self.groups & {"scores", "outputs"})
         self.wants_residual = "scores" in self.groups
-        self.batch: tuple[int, Batch] = (0, None)
+        self.batch: tuple[int, Batch]
         self.previous: dict[int, torch.Tensor] = {}
         self.sums: dict[int, dict[str, torch.Tensor]] = {}
         self.words: dict[int, dict[str, Tally]] = {}
@@ -76,6 +76,7 @@ class Gatherer(Observer):
             self.words[layer.index] = {name: Tally(memory_keys) for name in WORDS if "vocabulary" in self.groups}
 
     def routed(self, call: Call) -> None:
+        """Check what the experts are given against the batch and the router."""
         _, batch = self.batch
         tokens = batch.ids.numel()
         if call.ids.shape != (tokens, call.layer.top_k) or call.hidden.shape[0] != tokens:
@@ -89,6 +90,7 @@ class Gatherer(Observer):
             self._norms = torch.zeros(call.ids.shape, dtype=torch.float32, device=call.ids.device)
 
     def expert(self, call: Call, rows: ExpertRows) -> None:
+        """Take what needs an expert's output."""
         sums, domain = self.sums[call.layer.index], self.batch[1].domain
         norms = torch.linalg.vector_norm(rows.output, dim=-1, dtype=torch.float32)
         self._norms[rows.tokens, rows.ranks] = norms
@@ -103,6 +105,7 @@ class Gatherer(Observer):
             sums["output"][domain, rows.expert] += output.sum(0, dtype=torch.float32).cpu()
 
     def finished(self, call: Call, output: torch.Tensor) -> None:
+        """Add the call to the sums."""
         number, batch = self.batch
         layer, domain = call.layer, batch.domain
         sums = {name: array[domain] for name, array in self.sums[layer.index].items()}
@@ -117,7 +120,7 @@ class Gatherer(Observer):
         weights = call.weights[keep].float()
         self.empty_slots[layer.index] += int((flat == layer.num_experts).sum())
         self._by_sequence(layer, batch, sums, ids, weights)
-        if "scores" in self.groups:
+        if call.residual is not None:  # asked for with the group "scores"
             norms = self._norms[keep]
             gated = norms if layer.router.weighs_input else weights * norms
             shift = _shift(call.residual, output.reshape(call.residual.shape))[keep]
@@ -125,7 +128,7 @@ class Gatherer(Observer):
             sums["norm_sq"] += by_expert(norms * norms)
             sums["gated_norm"] += by_expert(gated)
             sums["easy_ep"] += by_expert(shift[:, None] * gated)
-        if "routing" in self.groups:
+        if "routing" in self.groups and call.logits is not None:
             logits = call.logits[keep].float()
             self._routing(layer, number, batch, sums, logits, ids)
             if bool(logits.amin() <= (lowest := torch.finfo(call.logits.dtype).min)):  # a plan that runs live

@@ -204,7 +204,8 @@ def run(
         VerificationError: the files do not do what the plan says; they are kept as `OUT.failed`.
         UserError: anything else that the user can mend.
     """
-    recipe, model, seconds = job.recipe, job.model, {}
+    recipe, model = job.recipe, job.model
+    seconds: dict[str, float] = {}
     kept = _default_stats(job.out)
     if not plan_only:
         check_space(job.out.parent, bytes_after(job))

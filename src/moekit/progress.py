@@ -8,7 +8,9 @@ from typing import Protocol
 class Progress(Protocol):
     """Called as work goes on: `progress("layers", 3, 48)` after the third of 48 units of a stage."""
 
-    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Tell that `done` of `total` units of `stage` are done."""
+        ...
 
 
 def silent(stage: str, done: int, total: int, /) -> None:

@@ -3,8 +3,9 @@
 Every quantity is a sum (or, for peaks, a maximum) over real tokens, kept by MoE layer and domain, so that
 `stats(A) + stats(B) == stats(A and B)`. Methods read them by name; nothing here knows how they were taken.
 
-Symbols: N domains, E experts, D hidden size, P position buckets, g_j(t) the weight that the model itself gives expert j on
-token t, f_j its unweighted output, T_j the tokens routed to j, h the residual stream before the block, y the routed sum.
+Symbols: N domains, E experts, D hidden size, P position buckets, g_j(t) the weight that the model itself gives expert
+j on token t, f_j its unweighted output, T_j the tokens routed to j, h the residual stream before the block, y the
+routed sum.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
                 else:
                     gone.add(name)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
-    made = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
-    return [tensor for tensors in made for tensor in tensors]
+    out = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
+    return [tensor for tensors in out for tensor in tensors]
 
 
 def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Plan) -> tuple[dict, list[str]]:

@@ -97,7 +97,8 @@ def merge_experts(form: ExpertForm, tensors: dict[str, torch.Tensor], merge: Mer
         orders = [units.alignment(first, e) if merge.align and e != first else None for e in group.members]
         for name, x in out.items():
             parts = zip(group.members, orders, group.weights, strict=True)
-            x[first] = sum(weight * units.permuted(name, e, order) for e, order, weight in parts).to(x.dtype)
+            mean = torch.stack([weight * units.permuted(name, e, order) for e, order, weight in parts]).sum(0)
+            x[first] = mean.to(x.dtype)
     return out
 
 
@@ -159,7 +160,8 @@ class MergedTensors:
 
     def __init__(self, loader: Loader, layout: Layout, plan: Plan):
         self._loader, self._layout, self._plan = loader, layout, plan
-        self._layer, self._tensors = -1, {}
+        self._layer = -1
+        self._tensors: dict[str, torch.Tensor] = {}
 
     def changed(self, layer: MoELayer) -> set[str]:
         """Names of the layer's disk tensors that merging changes."""

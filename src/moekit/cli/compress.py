@@ -182,7 +182,7 @@ def evaluation_table(evaluation: Evaluation) -> object:
                 f"{x.agreement.value:.1%}",
             ]
         rows.append(row)
-    columns = ("domain", "tokens", "perplexity")
+    columns: tuple[str, ...] = ("domain", "tokens", "perplexity")
     if evaluation.max_logit_difference is not None:
         columns = ("domain", "tokens", "ppl before", "after", "ratio [95%]", "KL", "same top token")
     return table("", columns, rows)

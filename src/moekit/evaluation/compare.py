@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,7 +87,11 @@ class Evaluation:
     def __str__(self) -> str:
         lines = [f"{'domain':<14}{'tokens':>9}{'perplexity':>12}{'x source':>10}{'KL':>9}{'same top token':>16}"]
         for name, x in self.domains.items():
-            compared = f"{x.ratio.value:>10.3f}{x.kl.value:>9.4f}{x.agreement.value:>16.1%}" if x.kl else ""
+            compared = (
+                f"{x.ratio.value:>10.3f}{x.kl.value:>9.4f}{x.agreement.value:>16.1%}"
+                if x.kl and x.ratio and x.agreement
+                else ""
+            )
             lines.append(f"{name:<14}{x.tokens:>9,}{x.perplexity.value:>12.3f}{compared}")
         return "\n".join(lines)
 
@@ -174,7 +178,7 @@ def logits_of(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress = silent,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
     model, plan = subject.model, subject.plan
     loader = model.loader(dtype, device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import psutil
 import torch
@@ -52,7 +54,7 @@ def verify(
     plan: Plan,
     result: Model,
     data: Dataset | None = None,
-    tokenizer: object = None,
+    tokenizer: Any = None,
     progress: Progress = silent,
 ) -> Verification:
     """Compare `result`, loaded from its files, with `source` under the live plan, on a few sequences of `data`.
@@ -79,7 +81,7 @@ def verify(
     with contextlib.closing(live), contextlib.ExitStack() as stack:
         if fits:
             model = result.load(dtype)
-            baked = (model(input_ids=x.ids, use_cache=False).logits for x in batches)
+            baked: Iterable[torch.Tensor] = (model(input_ids=x.ids, use_cache=False).logits for x in batches)
             stack.enter_context(torch.inference_mode())
         else:
             baked = stack.enter_context(
@@ -122,6 +124,6 @@ def _random(vocab_size: int) -> list[Batch]:
     return [Batch(0, row[None], torch.ones(1, LENGTH, dtype=torch.bool)) for row in ids]
 
 
-def _generate(model: torch.nn.Module, prompt: torch.Tensor, tokenizer: object) -> str:
+def _generate(model: torch.nn.Module, prompt: torch.Tensor, tokenizer: Any) -> str:
     out = model.generate(prompt, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moekit.errors import PlanError, RecipeError, did_you_mean
@@ -65,7 +65,8 @@ def make_plan(
     if method.kind == "quantize":
         plan = quantize.make_plan(method, stats, layout, domain=domain, settings=settings)
     else:
-        plan = {"prune": prune.make_plan, "merge": merge.make_plan}[method.kind](
+        make: Callable[..., Plan] = merge.make_plan if method.kind == "merge" else prune.make_plan
+        plan = make(
             method, stats, layout, keep=keep, domain=domain, budget=budget, protect=protect, settings=settings, **rows
         )
     plan.check(layout)

@@ -8,7 +8,7 @@ list stays within one of these. Weights are the members' shares of the tokens ro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from moekit.methods import budget as budgets
 from moekit.methods._registry import Method
 from moekit.methods.common import Domain
 from moekit.methods.super_experts import super_experts
-from moekit.plans import Group, Merge, Plan
+from moekit.plans import Drop, Group, Merge, Plan, Quantize
 from moekit.stats import Stats
 
 
@@ -31,7 +31,7 @@ def make_plan(
     domain: Domain,
     budget: str,
     protect: str,
-    router: str,
+    router: Literal["dominant", "weighted"],
     settings: Mapping[str, Any],
 ) -> Plan:
     """The plan of a merging method; arguments as for `moekit.methods.make_plan`, already checked.
@@ -46,7 +46,8 @@ def make_plan(
     frequency = {layer.index: stats.get("count", layer.index, domains) for layer in layout.routed}
     if budget == "global":
         counts = budgets.pooled(layout, keep, frequency, protected)
-    ops, largest = [], 1
+    ops: list[Drop | Merge | Quantize] = []
+    largest = 1
     for layer in layout.routed:
         if len(protected[layer.index]) > counts[layer.index] // layer.router.groups:
             raise PlanError(
