@@ -127,7 +127,7 @@ def bake(model: Model, plan: Plan, out: str | Path, *, data: Texts | Dataset | N
     from moekit.pipeline import produce
 
     texts = None if data is None else _dataset(model, data)
-    return produce(model, plan, Path(out), text=texts, evaluation=texts, **{"overwrite": False, **settings})
+    return produce(model, plan, Path(out), text=texts, evaluation=texts, **settings)
 
 
 def evaluate(

@@ -112,13 +112,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
         UserError: of any kind: whatever can be known before the work starts.
     """
     out = Path(recipe.out).resolve()
-    check_place(out, overwrite)
-    for suffix, mark in ((UNVERIFIED, PROVENANCE), (FAILED, WHY_FAILED)):
-        beside = out.with_name(out.name + suffix)
-        if beside.exists() and not (beside / mark).is_file():
-            raise OutputError(
-                "a folder that this output needs is taken", where=beside, fix="move it away, or choose another output"
-            )
+    _check_out(out, overwrite)
     Stats.check_place(_default_stats(out))
     method, *_ = methods.check_options(recipe.method, recipe.options)
     methods.check_keep(method, recipe.keep if "keep" in recipe.model_fields_set else None)
@@ -238,6 +232,7 @@ def run(
         shard_bytes=recipe.shard_size,
         dtype=job.dtype,
         device=device,
+        overwrite=overwrite,
         seconds=seconds,
         progress=progress,
     )
@@ -261,7 +256,7 @@ def produce(
     shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    overwrite: bool = True,
+    overwrite: bool = False,
     seconds: dict[str, float] | None = None,
     progress: Progress = silent,
 ) -> Result:
@@ -289,7 +284,7 @@ def produce(
     """
     seconds = {} if seconds is None else seconds
     out = Path(out).resolve()
-    check_place(out, overwrite)
+    _check_out(out, overwrite)
     unverified = out.with_name(out.name + UNVERIFIED)
     if unverified.exists():
         shutil.rmtree(unverified)
@@ -317,9 +312,21 @@ def produce(
     result.baked = dataclasses.replace(baked, path=out)
     write_report(unverified, report_of(model, result, recipe))
     made.checkpoint.close()
+    check_place(out, overwrite)  # hours may have passed
     replace(unverified, out)
     result.path = out
     return result
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a place that is taken, beside it too: what stands under our names must be of our making."""
+    check_place(out, overwrite)
+    for suffix, mark in ((UNVERIFIED, PROVENANCE), (FAILED, WHY_FAILED)):
+        beside = out.with_name(out.name + suffix)
+        if beside.exists() and not (beside / mark).is_file():
+            raise OutputError(
+                "a folder that this output needs is taken", where=beside, fix="move it away, or choose another output"
+            )
 
 
 def _default_stats(out: Path) -> Path:
