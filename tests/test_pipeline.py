@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+import moekit
 from moekit import pipeline, refmoe
 from moekit.apply.bake import Baked
 from moekit.checkpoint.reader import Checkpoint
@@ -180,11 +181,14 @@ def own(folder: Path) -> Path:
     return folder / "thesis.tex"
 
 
-def test_folders_beside_the_output_that_are_not_ours(recipe, tmp_path):
+def test_folders_beside_the_output_that_are_not_ours(recipe, tmp_path, talker):
+    model = Model.open(talker)
     for suffix in (".unverified", ".failed", ".unverified.partial"):
         file = own(tmp_path / f"out{suffix}")
         with pytest.raises(OutputError, match="taken"):
             run(prepare(recipe()))
+        with pytest.raises(OutputError, match="taken"):
+            moekit.bake(model, Plan(layout_hash=model.layout.hash), tmp_path / "out")
         assert file.read_text() == "dear"
         file.unlink()
         file.parent.rmdir()
@@ -241,6 +245,14 @@ def test_refused_by_preparing(recipe, changes, tmp_path):
     with pytest.raises(UserError):
         prepare(recipe(**changes))
     assert names(tmp_path) == before
+
+
+def test_a_model_that_came_to_lie_at_the_output_meanwhile(recipe, tmp_path):
+    job = prepare(recipe())
+    run(prepare(recipe(keep=0.75)))
+    with pytest.raises(OutputError, match="not empty"):
+        run(job)
+    assert Model.open(tmp_path / "out").layout.routed[0].num_experts == 6
 
 
 def test_failed_proof_leaves_the_old_model(recipe, tmp_path, monkeypatch):
