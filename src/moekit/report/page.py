@@ -49,10 +49,10 @@ _PAGE = """<!doctype html>
 <p>{summary}</p>
 <dl>{facts}</dl>
 <noscript><p class="notice">The views below are drawn by a script in this file, and scripts are switched off in this \
-browser. Allow them for this page, or read the same numbers in report.json.</p></noscript>
+browser. Allow them for this page, or read the same numbers in the JSON file beside it.</p></noscript>
 </header>
 <div id="views"></div>
-<footer>Made by moekit {version}. Everything on this page is in this file; every number is in report.json.</footer>
+<footer>Made by moekit {version}. Everything on this page is in this file; every number is in the JSON file beside it.</footer>
 </main>
 </div>
 <script type="application/gzip" id="data">{data}</script>
