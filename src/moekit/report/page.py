@@ -52,7 +52,8 @@ _PAGE = """<!doctype html>
 browser. Allow them for this page, or read the same numbers in the JSON file beside it.</p></noscript>
 </header>
 <div id="views"></div>
-<footer>Made by moekit {version}. Everything on this page is in this file; every number is in the JSON file beside it.</footer>
+<footer>Made by moekit {version}. Everything on this page is in this file; every number is in the JSON file beside it.
+</footer>
 </main>
 </div>
 <script type="application/gzip" id="data">{data}</script>
