@@ -471,6 +471,7 @@ def test_what_was_not_recorded_is_said(trace, tmp_path):
     for ask in (sums.tokens, lambda: tables.saturation(sums, sums), lambda: sums.to_parquet(tmp_path / "x")):
         with pytest.raises(DataError, match="statistics only"):
             ask()
+    assert sums.layer(1).ids.shape == (0, 2)
     with pytest.raises(DataError, match="not recorded"):
         tables.vocabulary(sums, 1, kind="predicted")
     for function in (tables.vocabulary, tables.coactivation, tables.affinity, tables.similarity):

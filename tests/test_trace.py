@@ -401,6 +401,7 @@ def test_bad_traces_are_refused(tmp_path):
 
     assert broken(lambda x: (x / "trace.json").unlink()).problem == "this is no trace"
     assert broken(lambda x: (x / "trace.json").write_text("{")).problem == "the trace is damaged"
+    assert "no domains" in broken(lambda x: (x / "trace.json").write_text('{"schema": 1, "model": ""}')).got
     assert broken(lambda x: head(x, schema=99)).problem == "trace of another version"
     assert broken(lambda x: head(x, "stats/prefill/stats.json", schema=99)).problem == "statistics of another version"
     assert "of another model" in broken(lambda x: head(x, "stats/prefill/stats.json", layout_hash="0")).problem

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moekit.progress import Progress
 
 SCHEMA = 1
+KEYS = {"model", "fingerprint", "layout", "domains", "tokens", "sequences", "phases", "layers", "has_tokens"}
 PHASES = ("prefill", "decode")
 TOKEN_ARRAYS: dict[str, tuple[type, str]] = {
     "id": (np.int32, "token id"),
@@ -332,6 +333,8 @@ def _read_head(folder: Path) -> dict:
             raise DataError(
                 "trace of another version", where=file, expected=SCHEMA, got=head["schema"], fix="record it again"
             )
+        if missing := KEYS - head.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
     except FileNotFoundError:
         unfinished = folder.with_name(folder.name + ".partial").is_dir()
         fix = "its recording was not finished: run the same command again" if unfinished else "moekit trace makes one"
