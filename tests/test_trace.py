@@ -230,6 +230,9 @@ def test_an_interrupted_recording_goes_on(opened, tmp_path, traced):
     assert "not finished" in caught.value.fix
     with pytest.raises(OutputError, match="another job left unfinished work"):
         trace(model, DATA, **settings | {"tokens": False})
+    shutil.copytree(tmp_path / "t.partial", tmp_path / "u.partial")
+    loaded = trace(model, DATA, **settings | {"in_memory": True, "out": tmp_path / "u"})  # begins anew
+    assert_same_trace(loaded, traced, sums=1e-6)
     layers.clear()
     found = trace(model, DATA, **settings, progress=lambda stage, done, _: layers.append((stage, done)))
     assert min(done for stage, done in layers if stage == "layers") > len(DATA)  # the first layers were not run again

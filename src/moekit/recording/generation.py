@@ -96,7 +96,7 @@ class _Steps:
 
     def __init__(self, phases: _Phases, writer: TokenWriter, ends: frozenset[int]):
         self.phases, self.writer, self.ends = phases, writer, ends
-        self.row, self.tokens = 0, np.zeros((len(PHASES), 0), np.int64)
+        self.row = 0
 
     def begin(self, domain: int, sequences: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
         """A new batch of prompts [B, T], padded on the left."""
@@ -128,8 +128,6 @@ class _Steps:
         )
         self.row += step.tokens
         self.seen += mask.sum(1)
-        if self.phases.phase == DECODE:  # transitions join layers of one call
-            recorder.previous.clear()
 
 
 def trace_generation(

@@ -102,7 +102,7 @@ def trace(
     groups = WITH_OUTPUTS if outputs else TRACED
     manifest = manifest_of(model, data.describe(), groups, dtype or model.dtype)
     manifest["plan"] = None if plan is None else plan.model_dump(mode="json")
-    job = {**manifest, "tokens": tokens, "logits": logits, "in_memory": whole}
+    job = {**manifest, "tokens": tokens, "logits": logits}
     final = Path(out).absolute()
     with claimed_folder(final, job, overwrite) as folder:
         total = sum(data.tokens.values())
