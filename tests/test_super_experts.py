@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ import moekit
 import zoo
 from moekit import methods, refmoe
 from moekit.cli import _register, app
-from moekit.data import Dataset
+from moekit.data import Batch, Dataset
 from moekit.errors import PlanError
-from moekit.evaluation.sinks import Sinks, sinks
+from moekit.evaluation.sinks import LayerState, Sinks, sinks
 from moekit.families.model import Model
 from moekit.layout import ExpertId
+from moekit.view import MoEView
 from tiny import batch
 
 LAYERS, LENGTH, FIRST = 5, 24, 1  # every sequence begins with token FIRST
@@ -110,18 +113,10 @@ def test_the_attention_sink_goes_with_it(seen):
     assert all(x.layer == PLANTED.layer and x != PLANTED for x in seen.control)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm5_next"])
-def test_numbers_are_those_of_a_plain_loop(opened, family):
-    """With hidden states and attention weights as stock transformers gives them."""
-    model = opened(family)
-    part = batch(0, 12, 7)
-    found = sinks(
-        model, Dataset(("code",), [part], 12), [ExpertId(model.layout.routed[0].index, 0)], dtype=torch.float32
-    )
-    live = model.load(torch.float32)
-    live.set_attn_implementation("eager")
-    outputs, attentions, handles = {}, {}, []
-    for index, layer in enumerate(live.get_submodule(model.understanding.experts[0].layers_path)):
+def by_hand(live: torch.nn.Module, path: str, part: Batch) -> dict[int, LayerState]:
+    """The same from hidden states and attention weights as stock transformers gives them."""
+    outputs, attentions, handles, states = {}, {}, [], {}
+    for index, layer in enumerate(live.get_submodule(path)):
 
         def keep(_module, _args, out, index=index):
             outputs[index] = out[0] if isinstance(out, tuple) else out
@@ -129,30 +124,63 @@ def test_numbers_are_those_of_a_plain_loop(opened, family):
         def look(_module, _args, out, index=index):
             attentions[index] = out[1]
 
-        handles.append(layer.register_forward_hook(keep))
-        handles.append(layer.self_attn.register_forward_hook(look))
+        handles += [layer.register_forward_hook(keep), layer.self_attn.register_forward_hook(look)]
     with torch.inference_mode():
         live(input_ids=part.ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
     lengths = part.mask.sum(1).tolist()
-    for index, runs in found.layers.items():
-        state = runs["as_is"]
-        rows = [outputs[index][row, :length].reshape(length, -1).abs() for row, length in enumerate(lengths)]
+    for index, output in outputs.items():
+        rows = [output[row, :length].reshape(length, -1).abs() for row, length in enumerate(lengths)]
         every = torch.cat(rows)
-        assert state.largest == pytest.approx(float(every.max()), rel=1e-5)
-        assert state.median == pytest.approx(float(every.median()), rel=1e-5)
-        row, position = next((r, p) for r in rows for p in range(len(r)) if float(r[p].max()) == float(every.max()))
-        assert (state.position, state.coordinate) == (position, int(row[position].argmax()))
+        found = next((r, p) for r in rows for p in range(len(r)) if float(r[p].max()) == float(every.max()))
         squares = [np.sort(r[0].double().numpy() ** 2) for r in rows]
-        assert state.top_share == pytest.approx(np.mean([x[-3:].sum() / x.sum() for x in squares]), rel=1e-5)
-        weights = attentions[index]
-        if weights is None or weights.shape[-2:] != (12, 12):
-            assert state.sink == ()
-            assert np.isnan(state.mean_sink)
-            continue
-        queries = [
-            weights[row, :, t, 0].double().numpy() for row, length in enumerate(lengths) for t in range(1, length)
-        ]
-        assert state.sink == pytest.approx(np.mean(queries, 0), rel=1e-5)
+        weights, sink = attentions[index], ()
+        if weights is not None and weights.shape[-2:] == part.ids.shape[1:] * 2:
+            queries = [weights[row, :, t, 0].double().numpy() for row, n in enumerate(lengths) for t in range(1, n)]
+            sink = tuple(np.mean(queries, 0).tolist())
+        states[index] = LayerState(
+            float(every.max()), found[1], int(found[0][found[1]].argmax()), float(every.median()),
+            float(np.mean([x[-3:].sum() / x.sum() for x in squares])), sink,
+        )  # fmt: skip
+    return states
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm5_next"])
+def test_numbers_are_those_of_a_plain_loop(opened, family):
+    model = opened(family)
+    part = batch(0, 12, 7)
+    first, *_, last = [x.index for x in model.layout.routed]
+    off = [ExpertId(last, 2), ExpertId(first, 0)]
+    found = sinks(model, Dataset(("code",), [part], 12), off, dtype=torch.float32)
+    live = model.load(torch.float32)
+    live.set_attn_implementation("eager")
+    view, path = MoEView(live, model.layout), model.understanding.experts[0].layers_path
+    for run, removed in (("as_is", ()), ("without", found.experts), ("control", found.control)):
+        scaled = [view.scale({x.layer: {x.expert: 0.0}}) for x in removed]
+        with contextlib.ExitStack() as stack:
+            for context in scaled:
+                stack.enter_context(context)
+            states = by_hand(live, path, part)
+        for index, runs in found.layers.items():
+            for name, value in asdict(states[index]).items():
+                assert asdict(runs[run])[name] == pytest.approx(value, rel=1e-4), (run, index, name)
+    assert found.layers[last]["as_is"] != found.layers[last]["without"] != found.layers[last]["control"]
+    for run in ("without", "control"):
+        behind = [x for index, x in found.layers.items() if index > first and x["as_is"].sink]
+        sums = [sum(np.mean(x[name].sink) for x in behind) for name in ("as_is", run)]
+        assert found.decay(run) == pytest.approx(1 - sums[1] / sums[0])
+
+
+def test_padding_is_not_looked_at(model):
+    """Massive where it is read, and it is read nowhere."""
+    data = Dataset(("code",), [batch(0, LENGTH, 9, pad=FIRST)], LENGTH)
+    assert not any(runs["as_is"].massive for runs in sinks(model, data, [PLANTED]).layers.values())
+
+
+def test_massive_is_large_and_far_above_the_rest():
+    values = [(99.0, 0.01, False), (101.0, 0.1, True), (101.0, 0.102, False)]
+    assert [LayerState(x, 0, 0, median, 1.0, ()).massive for x, median, _ in values] == [x for *_, x in values]
 
 
 def test_nobody_is_refused(model, data):
