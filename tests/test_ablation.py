@@ -15,7 +15,7 @@ import zoo
 from moekit import refmoe
 from moekit.cli import _register, app
 from moekit.data import Batch
-from moekit.errors import DataError, PlanError, RecipeError
+from moekit.errors import DataError, OutputError, PlanError, RecipeError
 from moekit.evaluation import removal
 from moekit.evaluation.ablation import Ablation, _matched_controls, ablate, random_controls
 from moekit.evaluation.intervals import ratio_interval
@@ -311,7 +311,9 @@ def test_little_memory_means_more_passes_and_the_same_numbers(ablation, opened, 
 
 def test_renormalising_is_passed_on(opened):
     model = opened("qwen3_moe")
-    found = ablate(model, DATA, EXPERTS[:1], controls=0, renormalise=True, dtype=torch.float32)
+    twice = [EXPERTS[0], (EXPERTS[0], EXPERTS[0])]  # the same thing, tested once
+    found = ablate(model, DATA, twice, controls=0, renormalise=True, dtype=torch.float32)
+    assert len(found.tested) == 2
     live, view = loaded(model)
     with view.scale({0: {1: 0.0}}, renormalise=True):
         losses = [nll_by_row(logits(live, x.ids), x) for x in DATA.batches if x.domain == 0]
@@ -422,6 +424,7 @@ def test_the_verb_takes_experts_by_name_and_by_rule(run, texts, talker, tmp_path
         (["--expert", "1.2+x"], RecipeError, "LAYER.EXPERT"),
         (["--expert", "9.0"], PlanError, "0, 1, 2"),
         (["--from-trace", "nowhere", "top:3"], DataError, "nowhere"),
+        (["--expert", "1.2", "--out", "nowhere/ablation.json"], OutputError, "nowhere"),
     ],
 )
 def test_the_verb_says_what_is_wrong(run, texts, talker, arguments, kind, said):

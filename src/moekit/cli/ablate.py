@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from moekit.cli.screen import bars, console, table
+from moekit.cli.screen import bars, check_file, console, table
 from moekit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def ablate(
 
     if not expert and from_trace is None:
         raise RecipeError("no expert to switch off", fix="name some with --expert LAYER.EXPERT, or pass --from-trace")
+    if out:
+        check_file(out)
     sets = [parse_experts(x) for x in expert]
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
     if from_trace:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moekit.cli.screen import bars, console, table
+from moekit.cli.screen import bars, check_file, console, table
 
 if TYPE_CHECKING:
     from moekit.evaluation.ablation import Ablation
@@ -46,6 +46,8 @@ def super_experts(
     from moekit.evaluation.ablation import ablate
     from moekit.evaluation.sinks import sinks
 
+    if out:
+        check_file(out)
     named = [x for text in expert for x in parse_experts(text)]
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
     texts = moekit.load_data(opened, data, tokens=tokens, sequence_length=sequence_length, seed=seed)

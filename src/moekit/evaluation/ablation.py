@@ -196,7 +196,7 @@ def ablate(
         CheckpointError: weights cannot be read.
     """
     layout = model.layout
-    sets = [checked(layout, x) for x in experts]
+    sets = list(dict.fromkeys(checked(layout, x) for x in experts))
     if not sets:
         raise PlanError("no expert to switch off", fix="name experts as LAYER.EXPERT")
     run = Removal(model, split_rows(data, layout.vocab_size), renormalise, dtype, device, progress)
