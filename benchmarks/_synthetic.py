@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _weights(layers: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], Call
     D, F, E = shape.hidden, shape.inner, shape.experts
 
     def normal(seed: str, rows: int, columns: int, scale: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(int.from_bytes(seed.encode()[-7:]) ^ rows * columns)
+        generator = torch.Generator().manual_seed(crc32(seed.encode()))
         return torch.randn(rows, columns, generator=generator).mul_(scale).bfloat16()
 
     centres_ED = torch.linalg.qr(torch.randn(D, E, generator=torch.Generator().manual_seed(1)))[0].T * D**0.5
@@ -93,7 +94,8 @@ def _weights(layers: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], Call
     def embeddings() -> torch.Tensor:
         generator = torch.Generator().manual_seed(2)
         rank_VE = torch.rand(shape.vocabulary, E, generator=generator).argsort(1).argsort(1)
-        return (0.6 ** rank_VE.float() @ centres_ED + 0.3 * torch.randn(shape.vocabulary, D)).bfloat16()
+        noise_VD = torch.randn(shape.vocabulary, D, generator=generator)
+        return (0.6 ** rank_VE.float() @ centres_ED + 0.3 * noise_VD).bfloat16()
 
     def router(layer: int) -> torch.Tensor:
         order = torch.randperm(E, generator=torch.Generator().manual_seed(100 + layer))
