@@ -410,6 +410,7 @@ def test_a_tokenizer_that_ends_texts_ends_documents_not_pieces(bare, tmp_path, m
 
 def test_long_texts_bring_no_warning_of_the_tokenizer(bare, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")  # the command line, in this process too, may have lowered it
     bare.model_max_length = 8
     Dataset.build({"x": write(tmp_path / "x.txt", prose(200))}, bare, sequence_length=8)
     assert not caplog.records
