@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -210,10 +210,9 @@ class Layout:
 
     def to_dict(self) -> dict:
         """Plain data for JSON: everything but the tensor lists."""
-        out = {key: value for key, value in asdict(self).items() if key != "layers"}
-        out["layers"] = [
-            {key: value for key, value in asdict(layer).items() if key != "tensors"} for layer in self.layers
-        ]
+        bare = replace(self, layers=tuple(replace(layer, tensors=()) for layer in self.layers))
+        out = asdict(bare)
+        out["layers"] = [{key: value for key, value in row.items() if key != "tensors"} for row in out["layers"]]
         total = self.total
         return out | {"hash": self.hash, "total_bytes": total.bytes, "total_params": total.params}
 
