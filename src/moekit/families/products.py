@@ -1,11 +1,11 @@
-"""The matrix products of one expert after the other, in the dtype in which this machine is fastest.
+"""The matrix products of one expert after the other, in the dtype in which this kind of machine is fastest.
 
 Symbols: T tokens, N rows of one expert, D hidden, I inner, O out.
 """
 
 from __future__ import annotations
 
-import time
+import platform
 from functools import lru_cache
 
 import torch
@@ -68,14 +68,10 @@ class Products:
 def float32_is_faster(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in float32, conversion of the weight included, faster than in a 16-bit dtype.
 
-    So it is on x86 without AMX, whatever 16-bit instructions it has; found by trying, in about 50 ms.
+    So it is on x86 without AMX, whatever other 16-bit instructions it has (docs/LOG.md). A rule and no race: timing would
+    decide otherwise on a busy machine, and the last digits of every number with it.
     """
-    rows, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    wide = torch.empty(1024, 1024)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(5):
-        for is_wide, times in seconds.items():
-            started = time.perf_counter()
-            linear(rows.float(), wide.copy_(weight)) if is_wide else linear(rows, weight)
-            times.append(time.perf_counter() - started)
-    return min(seconds[True]) < min(seconds[False])
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    amx = torch.cpu._is_amx_tile_supported if dtype == torch.bfloat16 else torch.cpu._is_amx_fp16_supported
+    return not amx()
