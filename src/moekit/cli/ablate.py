@@ -133,12 +133,12 @@ def screen(found: Ablation) -> list[object]:
             f"{x.effect.share:.1%}",
             interval(x.effect.change),
             "-" if x.mean_random is None else f"{x.mean_random.value:+.4f}",
-            "-" if x.mean_matched is None else f"{x.mean_matched.value:+.4f}",
+            "-" if x.mean_matched is None else f"{x.mean_matched.value:+.4f} ({x.matched_share:.1%})",
             "-" if x.excess is None else interval(x.excess),
         )
         for x in found.tested
     ]
-    columns = ("expert", "domain", "tokens", "loss change [95%]", "random", "matched", "beyond matched [95%]")
+    columns = ("expert", "domain", "tokens", "loss change [95%]", "random", "matched (tokens)", "beyond matched [95%]")
     tests = [x.excess for x in found.tested if x.excess is not None]
     clear = sum(x.low > 0 or x.high < 0 for x in tests)
     loss = ", ".join(f"{name} {value.value:.3f}" for name, value in found.loss.items())

@@ -8,8 +8,9 @@ filled again. With n_s(A) the summed -log p of sequence s when the set of expert
 
 Controls are as many experts of the same layers, not in A: `random` ones are drawn by lot, the same for all experts of a
 layer; `matched` ones are those whose share of the domain's tokens is nearest, so each domain has its own. An expert is
-for a domain if its excess is: being chosen often explains the rest. Intervals (95%) are bootstrapped over sequences, of
-differences on the same sequences; nothing corrects them for testing many experts.
+for a domain if its excess is: being chosen often explains the rest, as far as others are chosen as often (where none
+is, the matched share says how far off the nearest are). Intervals (95%) are bootstrapped over sequences, of differences
+on the same sequences; nothing corrects them for testing many experts.
 
 How many sets are tested in one pass over the weights: see `moekit.evaluation.removal`.
 """
@@ -82,6 +83,11 @@ class Tested:
     mean_matched: Interval | None
     excess: Interval | None
 
+    @property
+    def matched_share(self) -> float:
+        """Of the domain's tokens that choose the matched controls, their mean; NaN without any."""
+        return float(np.mean([x.share for x in self.matched.values()])) if self.matched else float("nan")
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -106,9 +112,8 @@ class Ablation:
         out = []
         for x in self.tested:
             means = {"random": x.mean_random, "matched": x.mean_matched, "excess": x.excess}
-            matched_share = np.mean([y.share for y in x.matched.values()]) if x.matched else None
             compared: dict[str, Any] = {name: None if value is None else list(value) for name, value in means.items()}
-            compared["matched_share"] = None if matched_share is None else float(matched_share)
+            compared["matched_share"] = x.matched_share if x.matched else None
             out.append(_row(x.experts, x, x.effect, None) | compared)
             for name, controls in (("random", x.random), ("matched", x.matched)):
                 out += [

@@ -68,8 +68,8 @@ class Products:
 def float32_is_faster(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in float32, conversion of the weight included, faster than in a 16-bit dtype.
 
-    So it is on x86 without AMX, whatever other 16-bit instructions it has (docs/LOG.md). A rule and no race: timing would
-    decide otherwise on a busy machine, and the last digits of every number with it.
+    So it is on x86 without AMX, whatever other 16-bit instructions it has (docs/LOG.md). A rule and no race: timing
+    would decide otherwise on a busy machine, and the last digits of every number with it.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
