@@ -1,0 +1,32 @@
+"""A Plan: what to do to a model, as data that a person can read, compare and keep.
+
+Methods make plans; `moekit.apply` carries them out, on disk (bake) or on a live model (live). A plan names the layout
+that it was made for and is checked against it before anything is loaded.
+"""
+
+from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
+from moekit.plans.counts import drop_lowest, keep_count
+from moekit.plans.ops import OUTER, AnyOp, Drop, Group, Merge, Op, Quantize, Values
+from moekit.plans.plan import ITEMSIZE, Plan
+from moekit.plans.tensors import PlanTensors
+
+__all__ = [
+    "ITEMSIZE",
+    "OUTER",
+    "AnyOp",
+    "Drop",
+    "Group",
+    "Merge",
+    "Op",
+    "Plan",
+    "PlanTensors",
+    "Quantize",
+    "Values",
+    "check_droppable",
+    "check_feasible",
+    "check_merge",
+    "check_quantised",
+    "check_values",
+    "drop_lowest",
+    "keep_count",
+]

@@ -1,0 +1,201 @@
+"""The plan itself: ops, where they come from, and what they add up to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moekit.errors import PlanError
+from moekit.layout import Layout, MoELayer
+from moekit.markup import html_table
+from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
+from moekit.plans.ops import AnyOp, Drop, Merge, Quantize, Values
+
+VERSION = 1
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Plan(BaseModel):
+    """Changes to a model.
+
+    Attributes:
+        layout_hash: the layout that the plan was made for.
+        ops: the changes.
+        method: the method that made it, and its settings.
+        settings: of the method.
+        made_from: fingerprints of model and data, versions.
+        notes: what the method wants a reader to know (protected experts, warnings).
+        measured: numbers behind the notes, such as "removed_gate_mass": share by decoder layer index.
+        tensors: folder of the numbers that ops carry (`PlanTensors`); empty when there are none. In a file, a path that
+            counts from the file's own folder.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = VERSION
+    layout_hash: str
+    ops: list[AnyOp] = []
+    method: str = ""
+    settings: dict = {}
+    made_from: dict = {}
+    notes: list[str] = []
+    measured: dict = {}
+    tensors: str = ""
+
+    def dropped(self) -> dict[int, tuple[int, ...]]:
+        """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""
+        out: dict[int, set[int]] = {}
+        for op in self.ops:
+            if isinstance(op, Drop | Merge):
+                out.setdefault(op.layer, set()).update(op.experts if isinstance(op, Drop) else op.gone)
+        return {layer: tuple(sorted(experts)) for layer, experts in sorted(out.items()) if experts}
+
+    def dropped_live(self, layout: Layout) -> dict[int, tuple[int, ...]]:
+        """`dropped` for the layers that the stock model runs."""
+        return {layer.index: gone for layer in layout.routed if (gone := self.dropped().get(layer.index))}
+
+    def merges(self) -> dict[int, Merge]:
+        """The merge of each layer that has one."""
+        return {op.layer: op for op in self.ops if isinstance(op, Merge)}
+
+    @property
+    def kind(self) -> Literal["prune", "merge", "quantize", "heal"]:
+        """What the changes are."""
+        if self.quantised():
+            return "quantize"
+        return "merge" if self.merges() else "heal" if self.values() and not self.dropped() else "prune"
+
+    def values(self) -> dict[int, Values]:
+        """The new parameters of each layer that has some."""
+        return {op.layer: op for op in self.ops if isinstance(op, Values)}
+
+    def quantised(self) -> dict[int, Quantize]:
+        """How each layer that is quantised is."""
+        return {op.layer: op for op in self.ops if isinstance(op, Quantize)}
+
+    def kept(self, layer: MoELayer) -> tuple[int, ...]:
+        """Experts of a layer that stay, ascending."""
+        gone = set(self.dropped().get(layer.index, ()))
+        return tuple(e for e in range(layer.num_experts) if e not in gone)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a plan that does not fit the model, before anything is loaded.
+
+        Raises:
+            PlanError: other layout, unknown layer or expert, too few experts left for top_k or for the groups.
+        """
+        if self.layout_hash != layout.hash:
+            raise PlanError(
+                "the plan was made for another model",
+                expected=self.layout_hash,
+                got=f"{layout.hash} ({layout.family})",
+                fix="make the plan again for this model",
+            )
+        if self.dropped():
+            check_droppable(layout)
+        for index, experts in self.dropped().items():
+            layer = layout.by_index.get(index)
+            if layer is None:
+                raise PlanError(f"layer {index} is no MoE layer", expected=f"one of {sorted(layout.by_index)}")
+            if experts[0] < 0 or experts[-1] >= layer.num_experts:
+                raise PlanError(f"layer {index} has no expert {experts[-1]}", expected=f"0 to {layer.num_experts - 1}")
+            check_feasible(layer, self.kept(layer))
+        for index, op in self.merges().items():
+            check_merge(op, self.ops)
+            if max(e for group in op.groups for e in group.members) >= layout.by_index[index].num_experts:
+                raise PlanError(f"layer {index} has not that many experts", expected=layout.by_index[index].num_experts)
+        if quantised := self.quantised():
+            check_quantised(quantised, self.ops, layout)
+        if self.values():
+            check_values(self.ops, self.tensors)
+
+    def check_bakeable(self, layout: Layout) -> None:
+        """Refuse a plan whose result no stock model loads: layers with different numbers of experts or bits."""
+        self.check(layout)
+        ways = [self.quantised().get(layer.index) for layer in layout.routed]
+        if len({x and (x.bits, x.group_size, x.scheme) for x in ways}) > 1:
+            raise PlanError(
+                "layers would be quantised in different ways, which stock transformers cannot load",
+                expected="the same bits and group size in every MoE layer",
+                fix="quantise all layers alike, or apply the plan live",
+            )
+        left = {len(self.kept(layer)) for layer in layout.routed}
+        if len(left) > 1:
+            raise PlanError(
+                "layers would keep different numbers of experts, which stock transformers cannot load",
+                expected="the same number in every MoE layer",
+                got=f"{min(left)} to {max(left)}",
+                fix="use a uniform budget (the default)",
+            )
+
+    def saved_bytes(self, layout: Layout) -> int:
+        """Bytes on disk that the plan saves, experts only (router rows are a rounding error)."""
+        saved = sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
+        itemsize = ITEMSIZE.get(layout.dtype, 2)
+        for index, op in self.quantised().items():
+            layer = layout.by_index[index]
+            saved += round(layer.num_experts * layer.expert_bytes * (1 - op.share(layer, itemsize)))
+        return saved
+
+    def diff(self, other: Plan) -> str:
+        """What `other` does otherwise, a line per layer; empty when they do the same."""
+        ours, theirs = self.dropped(), other.dropped()
+        lines = []
+        for layer in sorted(ours.keys() | theirs.keys()):
+            a, b = set(ours.get(layer, ())), set(theirs.get(layer, ()))
+            if a != b:
+                lines.append(f"layer {layer}: only here {sorted(a - b)}, only there {sorted(b - a)}")
+        mine, its = self.quantised(), other.quantised()
+        for layer in sorted(mine.keys() | its.keys()):
+            if mine.get(layer) != its.get(layer):
+                here, there = (f"{x.bits} bits" if x else "unquantised" for x in (mine.get(layer), its.get(layer)))
+                lines.append(f"layer {layer}: here {here}, there {there}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        changes = [(op.layer, op.op, op.model_dump(exclude={"layer", "op"})) for op in self.ops]
+        rows = [(layer, op, ", ".join(f"{name} {value}" for name, value in x.items())) for layer, op, x in changes]
+        caption = f"Plan of {len(self.ops)} changes by {self.method or 'hand'} for layout {self.layout_hash}"
+        return html_table(caption, ("layer", "change", "what"), rows)
+
+    def save(self, file: str | Path) -> Path:
+        """Write as JSON, one op a line."""
+        path = Path(file)
+        head = self.model_dump(exclude={"ops"})
+        if self.tensors:
+            head["tensors"] = os.path.relpath(self.tensors, path.absolute().parent)
+        body = ",\n".join("  " + json.dumps(op.model_dump()) for op in self.ops)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "ops": [\n{body}\n ]\n}}\n'
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(text)
+        temporary.rename(path)
+        return path
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: no such file, or not a plan of this version.
+        """
+        path = Path(file)
+        try:
+            raw = json.loads(path.read_text())
+            if isinstance(raw, dict) and raw.get("version", VERSION) != VERSION:
+                raise PlanError("plan of another version", where=path, expected=VERSION, got=raw["version"])
+            plan = cls.model_validate(raw)
+            if plan.tensors:
+                plan.tensors = os.path.normpath(path.absolute().parent / plan.tensors)
+            return plan
+        except FileNotFoundError:
+            raise PlanError("no such plan", where=path) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(x) for x in first["loc"])
+            raise PlanError("this is not a valid plan", where=f"{path}: {where}", got=first["msg"]) from None
+        except ValueError as error:
+            raise PlanError("this is not a plan", where=path, got=str(error)[:200]) from None
