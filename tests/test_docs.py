@@ -18,7 +18,7 @@ import yaml
 import moekit
 from moekit import cli, errors, methods
 from moekit.pipeline import prepare
-from moekit.recipe import Calibration, Evaluation, Recipe
+from moekit.recipe import Calibration, Evaluation, Recipe, Step
 from test_house import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,8 +129,13 @@ def test_the_recipe_page_has_every_key_with_its_default(tmp_path):
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(raw))
         recipes.append(Recipe.load(file))
-    small, full = shown
-    assert full.keys() == Recipe.model_fields.keys()
+    small, full, stepped = shown
+    assert full.keys() | stepped.keys() == Recipe.model_fields.keys()
+    assert full.keys() & stepped.keys() == small.keys() - {"keep"}
+    assert any(step.keys() == Step.model_fields.keys() for step in stepped["steps"])
+    plain = Step(method="man").model_dump(exclude={"method", "keep", "domain"})
+    assert all(step.model_dump(exclude={"method", "keep", "domain"}) == plain for step in recipes[2].steps or ())
+    assert recipes[2].keep_steps is recipes[0].keep_steps
     assert full["calibration"].keys() == Calibration.model_fields.keys()
     assert full["evaluation"].keys() == Evaluation.model_fields.keys()
     given = {*small, "domain", "evaluation"}

@@ -172,7 +172,7 @@ def test_the_budget_is_exact_and_every_expert_is_somewhere(stats, name, keep):
 
 
 def test_a_global_budget_has_the_same_total(stats):
-    plan = moekit.plan("m-smoe", stats, keep=0.5, budget="global")
+    plan = moekit.plan("m-smoe", stats, keep=0.5, spread="global")
     assert sum(len(plan.kept(layer)) for layer in stats.layout.routed) == 6 * 16
 
 

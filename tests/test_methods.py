@@ -137,7 +137,7 @@ def test_the_lowest_scored_go_and_the_plan_says_where_it_comes_from():
     plan = methods.make_plan("frequency", stats, layout, keep=2, domain="code", protect="none")
     assert plan.dropped() == {0: (1, 3), 1: (0, 1)}
     assert (plan.method, plan.layout_hash, plan.made_from) == ("frequency", layout.hash, {"model": "abc"})
-    assert plan.settings == {"keep": 2, "budget": "uniform", "domain": ["code"], "protect": "none"}
+    assert plan.settings == {"keep": 2, "spread": "uniform", "domain": ["code"], "protect": "none"}
     assert methods.make_plan("frequency", stats, layout, keep=2, protect="none").dropped()[0] == (1, 2)
 
 
@@ -148,17 +148,17 @@ def test_a_plan_survives_its_file(tmp_path):
     assert plan.settings["squared"] is True
 
 
-@pytest.mark.parametrize("budget", ["uniform", "global"])
+@pytest.mark.parametrize("spread", ["uniform", "global"])
 @pytest.mark.parametrize("name", SCORED)
-def test_permuting_experts_permutes_the_plan(name, budget):
+def test_permuting_experts_permutes_the_plan(name, spread):
     layout = make_layout(layers=4, experts=12)
     rng = np.random.default_rng(1)
     names = [x for x, (group, _, _) in FIELDS.items() if group == "scores"]
     arrays = {x.index: {n: rng.gamma(2.0, size=(2, 12)) for n in names} for x in layout.routed}
     order = {x.index: rng.permutation(12) for x in layout.routed}
     moved = {i: {n: x[:, order[i]] for n, x in arrays[i].items()} for i in arrays}
-    plan = methods.make_plan(name, make_stats(layout, arrays), layout, keep=0.5, budget=budget)
-    other = methods.make_plan(name, make_stats(layout, moved), layout, keep=0.5, budget=budget)
+    plan = methods.make_plan(name, make_stats(layout, arrays), layout, keep=0.5, spread=spread)
+    other = methods.make_plan(name, make_stats(layout, moved), layout, keep=0.5, spread=spread)
     for index, dropped in plan.dropped().items():
         assert set(dropped) == {int(order[index][e]) for e in other.dropped()[index]}
 
@@ -166,12 +166,12 @@ def test_permuting_experts_permutes_the_plan(name, budget):
 @pytest.mark.parametrize("keep", [0.5, 0.6, 9, 0.8])
 @pytest.mark.parametrize("router", [{}, {"groups": 4, "groups_kept": 2}])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_global_budget_is_exact_and_every_router_can_work(keep, router, seed):
+def test_the_global_spread_is_exact_and_every_router_can_work(keep, router, seed):
     layout = make_layout(layers=5, experts=16, **router)
     rng = np.random.default_rng(seed)
     arrays = {x.index: {"norm": rng.pareto(1.0, (2, 16)), "peak": rng.pareto(1.0, (2, 16))} for x in layout.routed}
     stats = make_stats(layout, arrays)
-    plan = methods.make_plan("ean", stats, layout, keep=keep, budget="global")
+    plan = methods.make_plan("ean", stats, layout, keep=keep, spread="global")
     uniform = methods.make_plan("ean", stats, layout, keep=keep)
     kept = {x.index: plan.kept(x) for x in layout.routed}
     assert sum(map(len, kept.values())) == sum(len(uniform.kept(x)) for x in layout.routed)
@@ -180,42 +180,42 @@ def test_the_global_budget_is_exact_and_every_router_can_work(keep, router, seed
     assert all(x in kept[i] for i, x in methods.super_experts(stats, layout))
 
 
-def test_the_global_budget_keeps_what_is_worth_most():
+def test_the_global_spread_keeps_what_is_worth_most():
     layout = make_layout(layers=2, experts=6, top_k=1)
     rng = np.random.default_rng(0)
     scores = {0: np.array([100.0, 90, 1, 1, 1, 1]) + rng.random(6), 1: np.arange(1.0, 7) / 1000}
     stats = make_stats(layout, {i: {"norm": np.stack([x, x])} for i, x in scores.items()})
-    plan = methods.make_plan("ean", stats, layout, keep=3, budget="global", protect="none")
+    plan = methods.make_plan("ean", stats, layout, keep=3, spread="global", protect="none")
     ranked = sorted(((x / s.sum(), i, e) for i, s in scores.items() for e, x in enumerate(s)), reverse=True)
     assert {(x.index, e) for x in layout.routed for e in plan.kept(x)} == {(i, e) for _, i, e in ranked[:6]}
     assert len(plan.kept(layout.layers[0])) == 2  # scale does not matter, shares of a layer do
     assert any("apply the plan live" in note for note in plan.notes)
 
 
-def test_the_global_budget_leaves_every_layer_its_top_k():
+def test_the_global_spread_leaves_every_layer_its_top_k():
     layout = make_layout(layers=2, experts=8, top_k=3)
     flat, steep = np.full((2, 8), 1.0), np.array([[1.0] + [1e-9] * 7] * 2)
     stats = make_stats(layout, {0: {"norm": flat}, 1: {"norm": steep}})
-    plan = methods.make_plan("ean", stats, layout, keep=0.5, budget="global", protect="none")
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, spread="global", protect="none")
     assert [len(plan.kept(x)) for x in layout.routed] == [5, 3]
     zero = make_stats(layout, {0: {"norm": 0 * flat}, 1: {"norm": 0 * flat}})
-    plan = methods.make_plan("ean", zero, layout, keep=0.5, budget="global", protect="none")
+    plan = methods.make_plan("ean", zero, layout, keep=0.5, spread="global", protect="none")
     assert [len(plan.kept(x)) for x in layout.routed] == [4, 4]
 
 
-def test_the_global_budget_grows_layers_by_one_expert_a_group():
+def test_the_global_spread_grows_layers_by_one_expert_a_group():
     layout = make_layout(layers=2, experts=12, groups=2, groups_kept=1)
     lopsided, even = [10, 9, 8, 7, 0, 0, 10, 9, 0, 0, 0, 0], [10, 9, 5, 4.5, 0, 0] * 2
     stats = make_stats(layout, {0: {"norm": [lopsided] * 2}, 1: {"norm": [even] * 2}})
-    plan = methods.make_plan("ean", stats, layout, keep=0.5, budget="global", protect="none")
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, spread="global", protect="none")
     assert [len(plan.kept(x)) for x in layout.routed] == [4, 8]  # a third in each group is worth 8 + 0 < 5 + 5
 
 
-def test_the_global_budget_makes_room_for_super_experts():
+def test_the_global_spread_makes_room_for_super_experts():
     layout = make_layout(layers=4, experts=128, top_k=1)
     stats = peaks_of(layout, {(1, 5): 500.0, (1, 9): 500.0})
     stats.layers[1].arrays["norm"][:] = np.arange(128) == 0  # one expert has it all
-    plan = methods.make_plan("ean", stats, layout, keep=0.5, budget="global")
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, spread="global")
     assert plan.kept(layout.layers[1])[:3] == (0, 5, 9)
 
 
@@ -340,7 +340,7 @@ def test_what_a_user_can_mistake():
         return str(caught.value)
 
     assert "did you mean 'easy-ep'?" in refused(RecipeError, name="easyep")
-    assert "did you mean 'uniform'?" in refused(RecipeError, budget="uniforn")
+    assert "did you mean 'uniform'?" in refused(RecipeError, spread="uniforn")
     assert "did you mean 'super'?" in refused(RecipeError, protect="supr")
     assert "did you mean 'squared'?" in refused(RecipeError, name="man", sqared=True)
     assert "has no option 'squared'" in refused(RecipeError, squared=True)

@@ -164,10 +164,10 @@ def test_dtype_is_that_of_the_recipe(recipe):
         assert stats.manifest["dtype"] == ("bfloat16" if dtype == "auto" else dtype)
 
 
-def test_global_budget_cannot_be_written(recipe, tmp_path):
+def test_global_spread_cannot_be_written(recipe, tmp_path):
     """Said when the plan is made, not when it is loaded."""
     with pytest.raises(PlanError, match="different numbers of experts"):
-        run(prepare(recipe(method="reap", budget="global", protect="none")))
+        run(prepare(recipe(method="reap", spread="global", protect="none")))
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,7 @@ data:
 domain: python
 method: man
 keep: 50%
-budget: global
+spread: global
 protect: none
 options: {squared: true}
 calibration:
@@ -61,7 +61,7 @@ def test_everything_is_read_and_paths_count_from_the_recipe(tmp_path, monkeypatc
     assert recipe.data == {"python": str(tmp_path / "texts/python"), "web": "hf:org/web"}
     assert recipe.out == str(tmp_path / "out")
     assert (recipe.domain, recipe.method, recipe.keep) == (["python"], "man", 0.5)
-    assert (recipe.budget, recipe.protect, recipe.options) == ("global", "none", {"squared": True})
+    assert (recipe.spread, recipe.protect, recipe.options) == ("global", "none", {"squared": True})
     assert recipe.calibration.model_dump() == {
         "tokens": 1000,
         "sequence_length": 128,
@@ -111,7 +111,7 @@ def test_flags_make_the_same_recipe(tmp_path, monkeypatch):
         "domain": "python",
         "method": "man",
         "keep": "50%",
-        "budget": "global",
+        "spread": "global",
         "protect": "none",
         "options": ["squared=true"],
         "tokens": 1000,
@@ -137,7 +137,7 @@ def test_keep_is_a_share_or_a_number(given, keep):
     assert (found, type(found)) == (keep, type(keep))
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, True, None, "half", "", "%", "nan", "inf", "150%", [1]])
+@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, True, "half", "", "%", "nan", "inf", "150%", [1]])
 def test_keep_that_is_neither_is_refused(tmp_path, keep):
     error = refused(write(tmp_path, yaml.safe_dump(LEAST | {"keep": keep})))
     assert "keep" in str(error.where)
@@ -155,7 +155,7 @@ def test_keep_that_is_neither_is_refused(tmp_path, keep):
         ("  tokens: 1000", "  tokens: 0", 12, "calibration.tokens", "greater than or equal to 1"),
         ("  tokens: 1000", "  tokens: true", 12, "calibration.tokens", "a valid integer"),
         ("  tokens: 1000", "  tokens: 1000.5", 12, "calibration.tokens", "a valid integer"),
-        ("budget: global", "budget: globl", 8, "budget", "'uniform' or 'global'"),
+        ("spread: global", "spread: globl", 8, "spread", "'uniform' or 'global'"),
         ("protect: none", "protect: all", 9, "protect", "'super' or 'none'"),
         ("dtype: bfloat16", "dtype: int4", 21, "dtype", "'float32'"),
         ("verify: false", "verify: 1", 22, "verify", "a valid boolean"),

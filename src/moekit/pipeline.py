@@ -115,11 +115,11 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     _check_out(out, overwrite)
     Stats.check_place(_default_stats(out))
     method, *_ = methods.check_options(recipe.method, recipe.options)
-    methods.check_keep(method, recipe.keep if "keep" in recipe.model_fields_set else None)
+    keep = methods.check_keep(method, recipe.keep)
     model = Model.open(recipe.model, trust_remote_code=trust_remote_code)
     if out.is_relative_to(model.path.resolve()):
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")
-    uniform(model.layout, recipe.keep)
+    uniform(model.layout, keep)
     if method.kind == "quantize":
         for layer in model.layout.routed:
             expert_weights(model.checkpoint, layer)
@@ -170,7 +170,7 @@ def bytes_after(job: Job) -> int:
     if method.kind == "quantize":
         ops = ways(method, layout, method.settings(job.recipe.options))
         return layout.total.bytes - Plan(layout_hash=layout.hash, ops=[*ops]).saved_bytes(layout)
-    counts = uniform(layout, job.recipe.keep)
+    counts = uniform(layout, methods.check_keep(method, job.recipe.keep))
     saved = sum((layer.num_experts - counts[layer.index]) * layer.expert_bytes for layer in layout.routed)
     return layout.total.bytes - layout.parts["mtp"].bytes - saved
 
@@ -213,7 +213,7 @@ def run(
             keep=recipe.keep,
             domain=recipe.domain,
             seed=recipe.calibration.seed,
-            budget=recipe.budget,
+            spread=recipe.spread,
             protect=recipe.protect,
             **recipe.options,
         )

@@ -4,7 +4,7 @@
     data: {python: texts/python}    # calibration text by domain
     domain: python                  # whose statistics count; left out: all
     method: easy-ep
-    keep: 0.5                       # share of the experts of a layer, or their number
+    keep: 0.5                       # share of the experts of a layer, or their number; or a list of `steps`
     out: refmoe-python
 
 Paths count from the recipe's own folder. An unknown key, a wrong type or an impossible value is a `RecipeError` that
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -78,9 +79,11 @@ def _checked(parse: Callable[[Any], object]) -> BeforeValidator:
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1_000_000), _checked(parse_bytes)]
 Keep = Annotated[int | float, _checked(_keep)]
+Spread = Literal["uniform", "global"]
+Protect = Literal["super", "none"]
 Names = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
 
-_NOT_OPTIONS = {key: f"write {key} beside options" for key in ("keep", "domain", "budget", "protect")} | {
+_NOT_OPTIONS = {key: f"write {key} beside options" for key in ("keep", "domain", "spread", "protect")} | {
     "seed": "write it in calibration"
 }
 
@@ -121,6 +124,32 @@ class Evaluation(Part):
     sequence_length: Positive = 512
 
 
+class Step(Part):
+    """One change of the model; a recipe is a list of them.
+
+    Attributes:
+        method: name in the registry of methods.
+        keep: share (float) or number (int) of the experts that are there before it which a layer keeps; None: the
+            method needs none.
+        domain: the domains whose statistics count; None: the recipe's.
+        spread: the same number in every layer, or as many in all, where they are worth most.
+        protect: what stays whatever its score: super experts, or nothing.
+        options: of the method.
+        remeasure: take statistics of the model that the steps before have made, instead of carrying the source's over.
+    """
+
+    method: str
+    keep: Keep | None = None
+    domain: Names | None = None
+    spread: Spread = "uniform"
+    protect: Protect = "super"
+    options: dict[str, Any] = {}
+    remeasure: bool = False
+
+
+SHORT = ("method", "keep", "spread", "protect", "options")  # a recipe with these is one step
+
+
 class Recipe(Part):
     """A compression run.
 
@@ -128,11 +157,9 @@ class Recipe(Part):
         model: a folder, a hub id, or "refmoe".
         data: calibration text, path or dataset by domain.
         domain: the domains whose statistics count; None: all.
-        method: name in the registry of methods.
-        keep: share (float) or number (int) of experts that a layer keeps; must be given but for quantising methods.
-        budget: the same number in every layer, or as many in all, where they are worth most.
-        protect: what stays whatever its score: super experts, or nothing.
-        options: of the method.
+        method: of a single step, as `keep`, `spread`, `protect` and `options`: see `Step`.
+        steps: instead of these: what is done, one after the other.
+        keep_steps: do not remove the models between the steps.
         calibration: how much of the text is measured.
         evaluation: what the result is compared on; None: it is not.
         out: folder of the result.
@@ -145,16 +172,25 @@ class Recipe(Part):
     data: Annotated[dict[str, str], Field(min_length=1)]
     domain: Names | None = None
     method: str = "easy-ep"
-    keep: Keep = 1.0
-    budget: Literal["uniform", "global"] = "uniform"
-    protect: Literal["super", "none"] = "super"
+    keep: Keep | None = None
+    spread: Spread = "uniform"
+    protect: Protect = "super"
     options: dict[str, Any] = {}
+    steps: Annotated[list[Step], Field(min_length=1)] | None = None
+    keep_steps: bool = False
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = None
     out: str
     shard_size: Size = 5_000_000_000
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     verify: bool = True
+
+    @property
+    def steps_(self) -> list[Step]:
+        """What is done, one after the other: `steps`, or the one step that the short form says; domains filled in."""
+        short = Step(method=self.method, keep=self.keep, spread=self.spread, protect=self.protect, options=self.options)
+        steps = [short] if self.steps is None else self.steps
+        return [x.model_copy(update={"domain": x.domain or self.domain}) for x in steps]
 
     @field_serializer("shard_size")
     def _size_for_people(self, size: int) -> str | int:
@@ -188,7 +224,7 @@ class Recipe(Part):
 
         Args:
             flags: keys of a recipe; keys of `calibration`; keys of `evaluation` as `evaluation_data`, ...; `options`
-                may be a list of NAME=VALUE.
+                may be a list of NAME=VALUE, each of `steps` text as `man keep=0.5 squared=true`.
 
         Raises:
             RecipeError: as for `load`.
@@ -196,6 +232,8 @@ class Recipe(Part):
         raw = {key: value for key, value in flags.items() if value is not None}
         if isinstance(raw.get("options"), list):
             raw["options"] = dict(map(_option, raw["options"]))
+        if isinstance(raw.get("steps"), list):
+            raw["steps"] = [_step(x) if isinstance(x, str) else x for x in raw["steps"]]
         calibration = {key: raw.pop(key) for key in Calibration.model_fields if key in raw}
         prefix = "evaluation_"
         evaluation = {key.removeprefix(prefix): raw.pop(key) for key in list(raw) if key.startswith(prefix)}
@@ -209,13 +247,24 @@ class Recipe(Part):
             recipe = cls.model_validate(raw)
         except ValidationError as error:
             raise _explained(error, where) from None
-        for domain in recipe.domain or ():
-            if domain not in recipe.data:
-                fix = did_you_mean(domain, recipe.data)
-                raise RecipeError(f"the data have no domain {domain!r}", where=where(("domain",)), fix=fix)
-        for key, fix in _NOT_OPTIONS.items():
-            if key in recipe.options:
-                raise RecipeError(f"{key!r} is no option of a method", where=where(("options", key)), fix=fix)
+        if recipe.steps is not None and (short := recipe.model_fields_set.intersection(SHORT)):
+            raise RecipeError(
+                "a recipe is one step or a list of steps, not both",
+                where=where(("steps",)),
+                got=f"steps and {', '.join(sorted(short))}",
+                fix="write what belongs to a step inside it",
+            )
+        parts: list[tuple[tuple[str, ...], Recipe | Step]] = [((), recipe)]
+        parts += [(("steps", str(number)), step) for number, step in enumerate(recipe.steps or (), 1)]
+        for place, part in parts:
+            for domain in part.domain or ():
+                if domain not in recipe.data:
+                    fix = did_you_mean(domain, recipe.data)
+                    raise RecipeError(f"the data have no domain {domain!r}", where=where((*place, "domain")), fix=fix)
+            for key, fix in _NOT_OPTIONS.items():
+                if key in part.options:
+                    at = where((*place, "options", key))
+                    raise RecipeError(f"{key!r} is no option of a method", where=at, fix=fix)
         return recipe
 
     def resolved(self, folder: Path) -> Self:
@@ -229,7 +278,8 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """YAML that `load` reads back as the same recipe, defaults spelt out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+        unused = {"steps", "keep_steps"} if self.steps is None else set(SHORT)
+        return yaml.safe_dump(self.model_dump(exclude=unused), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _place(path: Path, lines: Mapping[tuple[str, ...], int], key: tuple[str, ...]) -> str:
@@ -248,6 +298,23 @@ def _located(value: str, folder: Path) -> str:
     return os.path.abspath(folder / path)
 
 
+def _step(text: str) -> dict[str, Any]:
+    """A step as it is written on a command line: the method, then NAME=VALUE; what is no key of a step is an option."""
+    try:
+        method, *settings = shlex.split(text)
+    except ValueError:
+        raise RecipeError(
+            "this is no step",
+            where="steps",
+            expected="a method and its settings, as 'easy-ep keep=0.5'",
+            got=repr(text),
+        ) from None
+    given = dict(map(_option, settings))
+    keys = {name: value for name, value in given.items() if name in Step.model_fields}
+    options = {name: value for name, value in given.items() if name not in keys}
+    return {"method": method} | keys | ({"options": options} if options else {})
+
+
 def _option(item: str) -> tuple[str, Any]:
     name, equals, value = item.partition("=")
     if not equals:
@@ -261,7 +328,10 @@ def _option(item: str) -> tuple[str, Any]:
 def _key_lines(node: yaml.Node | None, file: Path, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
     """The line of every key; YAML itself would take the last of two equal ones."""
     lines: dict[tuple[str, ...], int] = {}
-    if not isinstance(node, yaml.MappingNode) or len(above) > 2:
+    if isinstance(node, yaml.SequenceNode) and above == ("steps",):
+        for number, item in enumerate(node.value, 1):
+            lines |= {(*above, str(number)): item.start_mark.line + 1} | _key_lines(item, file, (*above, str(number)))
+    if not isinstance(node, yaml.MappingNode) or len(above) > 3:
         return lines
     for key, value in node.value:
         place, line = (*above, str(key.value)), key.start_mark.line + 1
@@ -277,8 +347,10 @@ def _explained(error: ValidationError, where: Callable[[tuple[str, ...]], str]) 
     """The first of pydantic's complaints in our form; an unknown key first, as it may be the misspelt missing one."""
     first = min(error.errors(), key=lambda x: x["type"] != "extra_forbidden")
     key = tuple(str(part) for part in first["loc"] if part != "[key]")
+    if key[:1] == ("steps",) and len(key) > 1:
+        key = ("steps", str(int(key[1]) + 1), *key[2:])
     name, got = ".".join(key), repr(first["input"])[:200]
-    parts: dict[str, type[Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+    parts: dict[str, type[Part]] = {"calibration": Calibration, "evaluation": Evaluation, "steps": Step}
     match first["type"]:
         case "extra_forbidden":
             part = parts[key[0]] if len(key) > 1 else Recipe

@@ -14,7 +14,7 @@ from moekit.methods.common import Domain
 from moekit.plans import Plan
 from moekit.stats import Stats
 
-BUDGETS = ("uniform", "global")
+SPREADS = ("uniform", "global")
 PROTECT = ("super", "none")
 ROUTER_ROWS = ("dominant", "weighted")
 
@@ -28,7 +28,7 @@ def make_plan(
     keep: float | int | None = None,
     domain: Domain = None,
     seed: int = 0,
-    budget: str = "uniform",
+    spread: str = "uniform",
     protect: str = "super",
     **options: Any,
 ) -> Plan:
@@ -43,18 +43,18 @@ def make_plan(
         keep: share (0.5) or number (64) of experts that a layer keeps; not for quantising, which keeps all.
         domain: whose statistics count; None: all.
         seed: for methods that draw.
-        budget: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
+        spread: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
         protect: "super": super experts stay as they are; "none".
         options: of the method; for merging also `router`: "dominant" keeps the dominant expert's row, "weighted" takes
             the mean of the group's rows.
 
     Raises:
-        RecipeError: no such method, option, budget or protection; no `keep`, or one where all experts stay.
+        RecipeError: no such method, option, spread or protection; no `keep`, or one where all experts stay.
         PlanError: statistics of another model, or a budget that a layer's router cannot work with.
         DataError: no such domain, a quantity that was not measured, or scores that are no numbers.
     """
     method, rows, settings = check_options(name, ({"seed": seed} if "seed" in get(name).options else {}) | options)
-    _one_of("budget", budget, BUDGETS)
+    _one_of("spread", spread, SPREADS)
     _one_of("protect", protect, PROTECT)
     keep = check_keep(method, keep)
     counts = budgets.uniform(layout, keep)
@@ -67,7 +67,7 @@ def make_plan(
     else:
         make: Callable[..., Plan] = merge.make_plan if method.kind == "merge" else prune.make_plan
         plan = make(
-            method, stats, layout, keep=keep, domain=domain, budget=budget, protect=protect, settings=settings, **rows
+            method, stats, layout, keep=keep, domain=domain, spread=spread, protect=protect, settings=settings, **rows
         )
     plan.check(layout)
     return plan

@@ -129,7 +129,7 @@ class Plan(BaseModel):
                 "layers would keep different numbers of experts, which stock transformers cannot load",
                 expected="the same number in every MoE layer",
                 got=f"{min(left)} to {max(left)}",
-                fix="use a uniform budget (the default)",
+                fix="use a uniform spread (the default)",
             )
 
     def saved_bytes(self, layout: Layout) -> int:

@@ -18,7 +18,7 @@ from moekit.methods import budget as budgets
 from moekit.methods._registry import Method
 from moekit.methods.common import Domain
 from moekit.methods.super_experts import super_experts
-from moekit.plans import Drop, Group, Merge, Plan, Quantize
+from moekit.plans import AnyOp, Group, Merge, Plan
 from moekit.stats import Stats
 
 
@@ -29,7 +29,7 @@ def make_plan(
     *,
     keep: float | int,
     domain: Domain,
-    budget: str,
+    spread: str,
     protect: str,
     router: Literal["dominant", "weighted"],
     settings: Mapping[str, Any],
@@ -44,9 +44,9 @@ def make_plan(
     safe = super_experts(stats, layout) if protect == "super" else frozenset()
     protected = {index: frozenset(x.expert for x in safe if x.layer == index) for index in counts}
     frequency = {layer.index: stats.get("count", layer.index, domains) for layer in layout.routed}
-    if budget == "global":
+    if spread == "global":
         counts = budgets.pooled(layout, keep, frequency, protected)
-    ops: list[Drop | Merge | Quantize] = []
+    ops: list[AnyOp] = []
     largest = 1
     for layer in layout.routed:
         if len(protected[layer.index]) > counts[layer.index] // layer.router.groups:
@@ -71,7 +71,7 @@ def make_plan(
         layout_hash=layout.hash,
         ops=ops,
         method=method.name,
-        settings={"keep": keep, "budget": budget, "domain": domains, "protect": protect, "router": router, **settings},
+        settings={"keep": keep, "spread": spread, "domain": domains, "protect": protect, "router": router, **settings},
         made_from=dict(stats.manifest),
         notes=notes,
     )

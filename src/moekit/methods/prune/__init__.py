@@ -30,7 +30,7 @@ def make_plan(
     *,
     keep: float | int,
     domain: Domain,
-    budget: str,
+    spread: str,
     protect: str,
     settings: Mapping[str, Any],
 ) -> Plan:
@@ -44,14 +44,14 @@ def make_plan(
     scores = _scores(method, stats, layout, domains, settings)
     safe = super_experts(stats, layout) if protect == "super" else frozenset()
     protected = {index: frozenset(x.expert for x in safe if x.layer == index) for index in counts}
-    if budget == "global":
+    if spread == "global":
         counts = budgets.pooled(layout, keep, scores, protected)
     drops = [drop_lowest(x, scores[x.index].tolist(), counts[x.index], protected[x.index]) for x in layout.routed]
     plan = Plan(
         layout_hash=layout.hash,
         ops=[drop for drop in drops if drop],
         method=method.name,
-        settings={"keep": keep, "budget": budget, "domain": domains, "protect": protect, **settings},
+        settings={"keep": keep, "spread": spread, "domain": domains, "protect": protect, **settings},
         made_from=dict(stats.manifest),
     )
     plan.check(layout)
