@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from moekit import __version__
-from moekit.apply.merge import MergedTensors
+from moekit.apply.made import MadeTensors
 from moekit.apply.quantize import NOTE, quantisation_config, quantised_tensors
 from moekit.checkpoint.place import write_text
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
@@ -33,7 +33,7 @@ from moekit.families.detect import Understanding, set_expert_count
 from moekit.families.loader import Loader
 from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
-from moekit.plans import Plan
+from moekit.plans import Plan, PlanTensors
 from moekit.progress import Progress, silent
 
 MTP_COUNT = re.compile(r"(nextn_predict|mtp).*layers")
@@ -104,13 +104,14 @@ def bake(
     foreign = [x.as_posix() for x in sides if OTHER_WEIGHTS.search(x.name)]
     if foreign:
         notes.append(f"left out, weights of the source in another form: {', '.join(foreign)}")
-    plan_hash = hashlib.sha256(json.dumps([op.model_dump() for op in plan.ops]).encode()).hexdigest()[:16]
+    numbers = [PlanTensors(plan.tensors).digest] if plan.tensors else []
+    plan_hash = hashlib.sha256(json.dumps([op.model_dump() for op in plan.ops] + numbers).encode()).hexdigest()[:16]
     versions = {"moekit": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     source = {"name": checkpoint.path.name, "fingerprint": checkpoint.fingerprint, "layout": understanding.layout.hash}
     record = {"source": source, "plan": plan_hash, "versions": versions, "notes": notes} | dict(provenance or {})
 
     def finish(folder: Path) -> None:
-        plan.save(folder / PLAN)
+        plan.model_copy(update={"tensors": ""}).save(folder / PLAN)  # what they held is in the weights now
         write_text(folder / PROVENANCE, json.dumps(record, indent=1))
 
     written = write_checkpoint(
@@ -137,14 +138,15 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     layout = understanding.layout
     plan.check_bakeable(layout)
     dropped = plan.dropped()
-    merged = MergedTensors(Loader(checkpoint, understanding), layout, plan) if plan.merges() else None
+    dense = bool(plan.merges() or plan.values())
+    readers = MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
     quantised = quantised_tensors(checkpoint, layout, plan)
     gone = set(_mtp_tensors(understanding)) if dropped else set()
     new: dict[str, OutTensor] = {}
     for layer in layout.routed:
         if layer.index in dropped:
             kept = plan.kept(layer)
-            made = {name: merged.reader(layer, name) for name in merged.changed(layer)} if merged else {}
+            made = readers(layer.index)
             for tensor in layer.tensors:
                 if tensor.expert is None:
                     new[tensor.name] = _slice(checkpoint, layer, tensor, kept, made.get(tensor.name))
@@ -154,6 +156,10 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
                     new[name] = replace(copied, source=Make(made[name])) if name in made else copied
                 else:
                     gone.add(name)
+    for index in {op.layer for op in plan.ops}:
+        for name, read in readers(index).items():
+            if name not in new and name not in gone:
+                new[name] = replace(_copy(checkpoint.info(name), name), source=Make(read))
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
     out = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
     return [tensor for tensors in out for tensor in tensors]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moekit.apply.merge import merging
-from moekit.apply.quantize import quantising
+from moekit.apply.made import changes_weights, editing
 from moekit.errors import PlanError
 from moekit.families.loader import Loader
 from moekit.plans import Plan
@@ -19,8 +18,8 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
 
     Dropped experts are banned at the router: their logits (and correction biases) become minus infinity before the
     family's own code chooses and normalises, which is what leaving out their rows does. Merged experts take the place
-    of their dominant one as the layer is read, the others of the group are banned. Quantised weights are rounded as the
-    layer is read. Nothing of it stays afterwards.
+    of their dominant one as the layer is read, the others of the group are banned. New values take their places, and
+    quantised weights are rounded, as the layer is read. Nothing of it stays afterwards.
 
     Args:
         view: of the model that the plan was made for.
@@ -31,10 +30,10 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
         PlanError: the plan does not fit the model, or changes weights and there is no loader.
     """
     plan.check(view.layout)
-    if loader is None and (plan.merges() or plan.quantised()):
+    if loader is None and changes_weights(plan):
         raise PlanError("new weights are only applied to a streamed model", fix="bake the plan, or stream the model")
     if loader is not None:
-        (quantising if plan.quantised() else merging)(loader, view.layout, plan)
+        editing(loader, view.layout, plan)
     try:
         with view.ban(plan.dropped_live(view.layout)):
             yield view

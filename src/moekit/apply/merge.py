@@ -18,16 +18,13 @@ Paper: P. Li et al., "Merge, Then Compress: Demystify Efficient SMoE with Hints 
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from moekit.families.family import ExpertForm
 from moekit.families.loader import Loader
-from moekit.families.unload import to_disk
-from moekit.layout import Layout, MoELayer
+from moekit.layout import Layout
 from moekit.plans import Merge, Plan
 
 
@@ -113,18 +110,25 @@ def merge_rows(tensor: torch.Tensor, axis: int, merge: Merge) -> torch.Tensor:
     return out
 
 
-def merged_parameters(loader: Loader, layer: MoELayer, tensors: dict[str, torch.Tensor], merge: Merge) -> dict:
+def merged_parameters(
+    loader: Loader, layout: Layout, plan: Plan, index: int, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """What changes among a decoder layer's parameters when its experts are merged.
 
     Args:
         loader: of the model.
-        layer: the MoE layer.
+        layout: of the model.
+        plan: with or without merges.
+        index: decoder layer index; -1 for what is in no decoder layer.
         tensors: the decoder layer's parameters by key, as `Loader.read` gives them.
-        merge: the groups.
 
     Returns:
         New parameters by key: of the experts and, for weighted rows, of the router.
     """
+    merge = plan.merges().get(index)
+    if merge is None or layout.by_index[index].mtp:
+        return {}
+    layer = layout.by_index[index]
     prefix = layer.experts_path + "."
     local = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
     form = loader.expert_form(layer.experts_path)
@@ -137,52 +141,12 @@ def merged_parameters(loader: Loader, layer: MoELayer, tensors: dict[str, torch.
     return out
 
 
-def merging(loader: Loader, layout: Layout, plan: Plan) -> None:
-    """Let a loader merge the experts of every layer that it reads, as the plan says."""
-    merges = plan.merges()
-
-    def edit(index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if index not in merges or layout.by_index[index].mtp:
-            return tensors
-        return tensors | merged_parameters(loader, layout.by_index[index], tensors, merges[index])
-
-    loader.edit = edit if merges else None
-
-
-class MergedTensors:
-    """Disk tensors of merged layers, made a layer at a time.
-
-    Args:
-        loader: of the source.
-        layout: of the source.
-        plan: with merges.
-    """
-
-    def __init__(self, loader: Loader, layout: Layout, plan: Plan):
-        self._loader, self._layout, self._plan = loader, layout, plan
-        self._layer = -1
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def changed(self, layer: MoELayer) -> set[str]:
-        """Names of the layer's disk tensors that merging changes."""
-        merge = self._plan.merges().get(layer.index)
-        if merge is None:
-            return set()
-        firsts = {group.members[0] for group in merge.groups}
-        roles = {"expert"} | ({"router"} if merge.router == "weighted" else set())
-        return {x.name for x in layer.tensors if x.role in roles and (x.expert is None or x.expert in firsts)}
-
-    def read(self, layer: MoELayer, name: str) -> torch.Tensor:
-        """A disk tensor of the layer as merging leaves it, with all experts still in their places."""
-        if self._layer != layer.index:
-            self._tensors = {}
-            merge = self._plan.merges()[layer.index]
-            tensors = self._loader.read(layer.index)
-            made = merged_parameters(self._loader, layer, tensors, merge)
-            del tensors
-            self._tensors, self._layer = to_disk(self._loader, layer.index, made), layer.index
-        return self._tensors[name]
-
-    def reader(self, layer: MoELayer, name: str) -> partial:
-        """A callable without arguments that reads the tensor."""
-        return partial(self.read, layer, name)
+def merged_names(loader: Loader, layout: Layout, plan: Plan, index: int) -> set[str]:
+    """Disk names of what `merged_parameters` changes."""
+    merge = plan.merges().get(index)
+    if merge is None or layout.by_index[index].mtp:
+        return set()
+    firsts = {group.members[0] for group in merge.groups}
+    roles = {"expert"} | ({"router"} if merge.router == "weighted" else set())
+    tensors = layout.by_index[index].tensors
+    return {x.name for x in tensors if x.role in roles and (x.expert is None or x.expert in firsts)}

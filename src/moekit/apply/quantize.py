@@ -57,23 +57,29 @@ def rounded(weight: torch.Tensor, op: Quantize, dtype: torch.dtype) -> torch.Ten
     return (values.to(dtype).unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2).to(weight.dtype)
 
 
-def quantising(loader: Loader, layout: Layout, plan: Plan) -> None:
-    """Let a loader round the experts of every layer that it reads, as the plan says."""
-    quantised = plan.quantised()
+def quantised_parameters(
+    loader: Loader, layout: Layout, plan: Plan, index: int, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What changes among a decoder layer's parameters when its experts are quantised: they, as they are read back.
 
-    def edit(index: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if index not in quantised:
-            return tensors
-        path, out = layout.by_index[index].experts_path, dict(tensors)
-        swap = loader.expert_form(path).transposed
-        for key, x in tensors.items():
-            if key.startswith(path + ".") and x.dim() == 3:
-                dtype = loader.on_disk(loader.placements(index)[key][0].name)
-                made = rounded(x.transpose(1, 2) if swap else x, quantised[index], dtype)
-                out[key] = made.transpose(1, 2).contiguous() if swap else made
-        return out
-
-    loader.edit = edit
+    Args:
+        loader: of the model.
+        layout: of the model.
+        plan: quantising or not.
+        index: decoder layer index; -1 for what is in no decoder layer.
+        tensors: the layer's parameters by key.
+    """
+    op = plan.quantised().get(index)
+    if op is None:
+        return {}
+    path, out = layout.by_index[index].experts_path, {}
+    swap = loader.expert_form(path).transposed
+    for key, x in tensors.items():
+        if key.startswith(path + ".") and x.dim() == 3:
+            dtype = loader.on_disk(loader.placements(index)[key][0].name)
+            made = rounded(x.transpose(1, 2) if swap else x, op, dtype)
+            out[key] = made.transpose(1, 2).contiguous() if swap else made
+    return out
 
 
 def expert_weights(checkpoint: Checkpoint, layer: MoELayer) -> list[TensorInfo]:
