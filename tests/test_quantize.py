@@ -21,7 +21,7 @@ from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.model import Model
 from moekit.methods.quantize import ways
 from moekit.pipeline import prepare
-from moekit.plans import Drop, Plan, Quantize
+from moekit.plans import Drop, Group, Merge, Plan, Quantize
 from moekit.recipe import Recipe
 
 
@@ -117,6 +117,27 @@ def test_a_quantised_model_is_pruned_but_not_quantised_again(tmp_path):
         plan_of(quantised, 8, -1).check(quantised.layout)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_dropping_and_quantising_at_once_is_what_one_after_the_other_writes(merge, tmp_path):
+    model = moekit.open(zoo.save("qwen3_moe", tmp_path / "model"))
+    layout = model.layout
+    group = Group(members=(3, 1), weights=(0.75, 0.25))
+    first = Plan(
+        layout_hash=layout.hash,
+        ops=[
+            Merge(layer=x.index, groups=(group,)) if merge else Drop(layer=x.index, experts=(1,)) for x in layout.routed
+        ],
+    )
+    both = first.model_copy(update={"ops": [*first.ops, *plan_of(model, 4, 8).ops]})
+    with pytest.raises(PlanError, match="a plan of its own"):
+        both.check_bakeable(layout)
+    between = moekit.open(bake(model.checkpoint, model.understanding, first, tmp_path / "first").path)
+    second = bake(between.checkpoint, between.understanding, plan_of(between, 4, 8), tmp_path / "second")
+    assert torch.allclose(logits(moekit.open(second.path)), logits(model, both), atol=1e-5)
+    saved = model.checkpoint.bytes - second.bytes_after
+    assert saved == pytest.approx(both.saved_bytes(layout), rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return moekit.open(zoo.save("qwen3_moe", tmp_path_factory.mktemp("quantize") / "model"))
@@ -139,7 +160,7 @@ def test_what_cannot_be_quantised_is_refused(model, tmp_path):
         return str(caught.value)
 
     assert "a plan of its own" in refused(*plan.ops, Drop(layer=0, experts=(1,)))
-    assert "a layer once" in refused(*plan.ops, plan.ops[0])
+    assert "quantised once" in refused(*plan.ops, plan.ops[0])
     assert "layer 7 cannot be quantised" in refused(Quantize(layer=7, bits=4, group_size=8))
     assert "does not divide" in refused(Quantize(layer=0, bits=4, group_size=16))
     assert "in different ways" in refused(*plan.ops[:-1])

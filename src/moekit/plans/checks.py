@@ -36,11 +36,11 @@ def check_quantised(quantised: Mapping[int, Quantize], ops: Sequence[Op], layout
     """Refuse what cannot be quantised.
 
     Raises:
-        PlanError: other changes in the same plan, a layer twice or unknown, a model that is quantised already, a group
-            size that does not divide the experts' widths.
+        PlanError: a layer twice or unknown, a model that is quantised already, a group size that does not divide the
+            experts' widths.
     """
-    if len(ops) != len(quantised):
-        raise PlanError("quantising is a plan of its own, a layer once", fix="first prune or merge, then quantise that")
+    if sum(isinstance(op, Quantize) for op in ops) != len(quantised):
+        raise PlanError("a layer can be quantised once", got=sorted(op.layer for op in ops if isinstance(op, Quantize)))
     if layout.quantisation:
         raise PlanError(
             "this model is quantised already", got=layout.quantisation, fix="start from the unquantised checkpoint"

@@ -114,8 +114,13 @@ class Plan(BaseModel):
             check_values(self.ops, self.tensors)
 
     def check_bakeable(self, layout: Layout) -> None:
-        """Refuse a plan whose result no stock model loads: layers with different numbers of experts or bits."""
+        """Refuse a plan that is not written at once, or whose result no stock model loads: layers that differ."""
         self.check(layout)
+        if self.quantised() and len(self.quantised()) != len(self.ops):
+            raise PlanError(
+                "quantising is written as a plan of its own",
+                fix="first bake what prunes or merges, then quantise that; both at once can be applied live",
+            )
         ways = [self.quantised().get(layer.index) for layer in layout.routed]
         if len({x and (x.bits, x.group_size, x.scheme) for x in ways}) > 1:
             raise PlanError(
@@ -138,7 +143,7 @@ class Plan(BaseModel):
         itemsize = ITEMSIZE.get(layout.dtype, 2)
         for index, op in self.quantised().items():
             layer = layout.by_index[index]
-            saved += round(layer.num_experts * layer.expert_bytes * (1 - op.share(layer, itemsize)))
+            saved += round(len(self.kept(layer)) * layer.expert_bytes * (1 - op.share(layer, itemsize)))
         return saved
 
     def diff(self, other: Plan) -> str:
