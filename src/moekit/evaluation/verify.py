@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-import psutil
 import torch
 
 from moekit.data import Batch, Dataset
 from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.model import Model
-from moekit.families.stock import PACKED
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest logit of a position
-PACKING = "compressed_tensors"  # what stock transformers reads packed integers with
 AGREEING = 0.99  # share of positions within tolerance: near-ties in a router may fall either way by a rounding error
 SEQUENCES, LENGTH = 4, 128
 
@@ -71,9 +67,7 @@ def verify(
         tokenizer: to show a generated text; None for none.
         progress: told as layers pass.
     """
-    params = sum(part.params for name, part in result.layout.parts.items() if name != "mtp")
-    stock = result.layout.quantisation is None or (result.layout.quantisation in PACKED and find_spec(PACKING))
-    fits = stock and 4 * params < psutil.virtual_memory().available / 2
+    fits = result.fits(torch.float32)
     dtype = torch.float32 if fits else result.dtype
     batches = _sample(data) if data else _random(result.layout.vocab_size)
     live = logits_of(Subject(source, plan), batches, dtype, progress=progress)

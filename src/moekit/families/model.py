@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext, redirect_stderr
 from functools import cached_property
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,6 +22,8 @@ from moekit.families.loader import Loader
 from moekit.families.stock import PACKED, model_class
 from moekit.layout import Layout
 from moekit.markup import html_table
+
+UNPACKER = "compressed_tensors"  # what stock transformers reads packed integers with
 
 
 class Model:
@@ -81,6 +85,15 @@ class Model:
         """A weightless stock model with a way to fill and empty its layers one at a time."""
         check_device(device)
         return Loader(self.checkpoint, self.understanding, dtype, device, self.trust_remote_code)
+
+    def fits(self, dtype: torch.dtype | None = None, device: str = "cpu") -> bool:
+        """Whether stock transformers can load the whole model here, into half of the memory that is free."""
+        check_device(device)
+        at = torch.device(device)
+        free = psutil.virtual_memory().available if at.type == "cpu" else torch.cuda.mem_get_info(at)[0]
+        packed = self.layout.quantisation in PACKED and find_spec(UNPACKER) is not None
+        params = sum(part.params for name, part in self.layout.parts.items() if name != "mtp")
+        return (self.layout.quantisation is None or packed) and (dtype or self.dtype).itemsize * params < free / 2
 
     def load(self, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
         """The whole model in memory, loaded by stock transformers, in eval mode.
