@@ -137,6 +137,7 @@ class Loop:
             self.add(index, "norm", domain, norm * one)
             self.add(index, "norm_sq", domain, norm**2 * one)
             self.add(index, "gated_norm", domain, weight * norm * one)
+            self.add(index, "gated_norm_sq", domain, (weight * norm) ** 2 * one)
             self.add(index, "easy_ep", domain, shift * weight * norm * one)
             self.add(index, "output", domain, np.outer(one, outputs[e]))
             peaks = self.sums[index].setdefault("peak", np.zeros((len(DOMAINS), E)))
@@ -146,6 +147,7 @@ class Loop:
             for before in previous or ():
                 first = self.layout.by_index[self.layers[self.layers.index(index) - 1]].num_experts
                 self.add(index, "transition", domain, np.outer(np.eye(first)[before], one))
+        self.add(index, "routed_norm_sq", domain, np.array(float(routed.norm()) ** 2))
         self.add(index, "logit", domain, logits.numpy())
         self.add(index, "logit_gram", domain, np.outer(logits, logits))
         scores = logits.sigmoid() if layer.router.score == "sigmoid" else logits.softmax(0)

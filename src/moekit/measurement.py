@@ -127,7 +127,10 @@ class Gatherer(Observer):
             sums["norm"] += by_expert(norms)
             sums["norm_sq"] += by_expert(norms * norms)
             sums["gated_norm"] += by_expert(gated)
+            sums["gated_norm_sq"] += by_expert(gated * gated)
             sums["easy_ep"] += by_expert(shift[:, None] * gated)
+            routed = torch.linalg.vector_norm(output.reshape(len(call.ids), -1), dim=-1, dtype=torch.float32)[keep]
+            sums["routed_norm_sq"] += routed.double().square().sum().cpu()
         if "routing" in self.groups and call.logits is not None:
             logits = call.logits[keep].float()
             self._routing(layer, number, batch, sums, logits, ids)

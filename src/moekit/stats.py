@@ -37,6 +37,8 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "norm": ("scores", "E", "sum over T_j of |f_j| (EAN)"),
     "norm_sq": ("scores", "E", "sum over T_j of |f_j|^2 (MSAN)"),
     "gated_norm": ("scores", "E", "sum over T_j of g_j |f_j| (REAP)"),
+    "gated_norm_sq": ("scores", "E", "sum over T_j of g_j^2 |f_j|^2 (what is lost without j)"),
+    "routed_norm_sq": ("scores", "", "sum of |y|^2"),
     "easy_ep": ("scores", "E", "sum over T_j of max(0, 1 - cos(h, h + y)) g_j |f_j| (EASY-EP)"),
     "peak": ("scores", "E", "maximum over T_j of |element of f_j| (super experts)"),
     "output": ("outputs", "ED", "sum over T_j of f_j"),
