@@ -7,23 +7,28 @@ with view.ban({3: [0, 7]}):     # the router never chooses these; the family's c
     model.generate(...)
 with view.scale({3: {7: 0.0}}):     # their slots stay empty: what the experts add, and nothing else, is gone
     model(input_ids)
+with view.edit("force", {3: {7: 1.0}}, Reach("generated")):     # every token that the model writes runs expert 7
+    model.generate(...)
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
+from moekit.families.edits import RouterEdit, Where, run_router
 from moekit.families.family import family_of
-from moekit.families.seam import Call, Observer, RouterTap, reroute
+from moekit.families.seam import Call, Observer
+from moekit.families.tokens import EVERYWHERE, Clock, Reach, Tokens
 from moekit.layout import Layout, MoELayer
 
 
@@ -51,7 +56,8 @@ class MoEView:
         self.family = family_of(layout.text_family)
         self.family.check_runs()
         self._states: dict[int, _State] = {layer.index: _State() for layer in layout.routed}
-        self._bans: dict[int, list[torch.Tensor]] = {}
+        self._edits: dict[int, list[RouterEdit]] = {}
+        self._running = threading.local()  # streamed batches run their own parts of a forward in threads of their own
         for layer in layout.routed:
             for path in (layer.experts_path, layer.router_path):
                 try:
@@ -91,21 +97,116 @@ class MoEView:
         Raises:
             PlanError: a layer or expert that does not exist, or fewer than top_k experts left.
         """
-        with ExitStack() as stack:
-            for index, experts in banned.items():
-                if not experts:
-                    continue
-                layer = self._check_ban(index, experts)
-                mask = torch.zeros(layer.router_width, dtype=torch.bool)
-                mask[list(experts)] = True
-                masks = self._bans.setdefault(index, [])
-                masks.append(mask)
-                stack.callback(_remove, masks, mask)
-                stack.enter_context(self._tapped(layer))
+        with self.edit("ban", {index: dict.fromkeys(experts, 1.0) for index, experts in banned.items()}):
             yield
 
     @contextmanager
-    def scale(self, factors: Mapping[int, Mapping[int, float]], *, renormalise: bool = False) -> Iterator[None]:
+    def _edited(self, layer: MoELayer, edit: RouterEdit) -> Iterator[None]:
+        """Let a layer's router decide under an edit, along with those that are there."""
+        with self._tapped(layer):
+            edits = self._edits.setdefault(layer.index, [])
+            edits.append(edit)
+            try:
+                yield
+            finally:
+                edits.remove(edit)
+
+    @contextmanager
+    def edit(
+        self,
+        action: Literal["ban", "force", "bias"],
+        strengths: Mapping[int, Mapping[int, float]],
+        reach: Reach = EVERYWHERE,
+    ) -> Iterator[None]:
+        """Edit routers' raw logits before the family's own code chooses (see `moekit.families.edits`).
+
+        Args:
+            action: "ban", "force", or "bias".
+            strengths: by decoder layer index and expert: what "bias" adds; for the others any number but 0.
+            reach: the tokens that it is for.
+
+        Raises:
+            PlanError: a layer or expert that does not exist; with "ban", fewer than top_k experts left; with "force",
+                more than top_k experts, or in more groups than the router chooses.
+        """
+        with ExitStack() as stack:
+            where = stack.enter_context(self._reached(reach))
+            for index, by_expert in strengths.items():
+                if not by_expert:
+                    continue
+                check = {"ban": self._check_ban, "force": self._check_force, "bias": self._check_experts}[action]
+                layer = check(index, by_expert)
+                amounts_W = torch.zeros(layer.router_width)
+                amounts_W[list(by_expert)] = torch.tensor(list(by_expert.values()), dtype=torch.float32)
+                stack.enter_context(self._edited(layer, RouterEdit(action, amounts_W, where)))
+            yield
+
+    @contextmanager
+    def swap(self, pairs: Mapping[int, Collection[tuple[int, int]]], reach: Reach = EVERYWHERE) -> Iterator[None]:
+        """Run one expert of a pair wherever the router has chosen the other, and the other way round.
+
+        Args:
+            pairs: by decoder layer index; one after the other.
+            reach: the tokens that it is for.
+
+        Raises:
+            PlanError: a layer or expert that does not exist.
+        """
+        with ExitStack() as stack:
+            where = stack.enter_context(self._reached(reach))
+            for index, swaps in pairs.items():
+                layer = self._check_experts(index, [e for pair in swaps for e in pair])
+                order_E = torch.arange(layer.num_experts)
+                for a, b in swaps:
+                    order_E[[a, b]] = order_E[[b, a]]
+                stack.enter_context(self.family.permute_experts(self, layer, order_E, where))
+            yield
+
+    @contextmanager
+    def at(self, tokens: Tokens) -> Iterator[None]:
+        """Say which tokens the forwards inside are made of, where their arguments do not tell (streamed layers)."""
+        before = getattr(self._running, "given", None)
+        self._running.given = tokens
+        try:
+            yield
+        finally:
+            self._running.given = before
+
+    @contextmanager
+    def _reached(self, reach: Reach) -> Iterator[Where]:
+        """The tokens of the running forward that are in reach; follows forwards as long as it is asked for."""
+        if reach == EVERYWHERE:
+            yield None
+            return
+        clock = Clock()
+
+        def tick(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._running.seen = clock.tick(args, kwargs)
+
+        def where(count: int) -> torch.Tensor:
+            tokens = getattr(self._running, "given", None) or getattr(self._running, "seen", None)
+            if tokens is None or len(tokens.positions) != count:
+                raise ModelError(
+                    "it is not known which tokens these are, and an edit is for some of them only",
+                    got=f"{count} tokens",
+                    fix="call the model with input_ids, or say what runs with MoEView.at",
+                )
+            return reach.mask(tokens)
+
+        handle = self.model.register_forward_pre_hook(tick, with_kwargs=True)
+        try:
+            yield where
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def scale(
+        self,
+        factors: Mapping[int, Mapping[int, float]],
+        *,
+        renormalise: bool = False,
+        reach: Reach = EVERYWHERE,
+    ) -> Iterator[None]:
         """Multiply the weights of chosen experts; the choice stays, and a slot with factor 0 is not filled again.
 
         An observer sees the router's own weights where `watch` is entered before, and the scaled ones where after.
@@ -113,18 +214,20 @@ class MoEView:
         Args:
             factors: by decoder layer index, the factor of each expert that has one.
             renormalise: the weights of a token's chosen experts keep their sum (where any is left).
+            reach: the tokens that it is for.
 
         Raises:
             PlanError: a layer or expert that does not exist.
         """
         with ExitStack() as stack:
+            where = stack.enter_context(self._reached(reach))
             for index, by_expert in factors.items():
                 if not by_expert:
                     continue
                 layer = self._check_experts(index, by_expert)
                 factors_E = torch.ones(layer.num_experts)
                 factors_E[list(by_expert)] = torch.tensor(list(by_expert.values()), dtype=torch.float32)
-                stack.enter_context(self.family.scale_experts(self, layer, factors_E, renormalise))
+                stack.enter_context(self.family.scale_experts(self, layer, factors_E, renormalise, where))
             yield
 
     def _check_experts(self, index: int, experts: Collection[int]) -> MoELayer:
@@ -152,6 +255,20 @@ class MoEView:
             )
         return layer
 
+    def _check_force(self, index: int, experts: Collection[int]) -> MoELayer:
+        layer = self._check_experts(index, experts)
+        router = layer.router
+        groups = {e // (layer.num_experts // router.groups) for e in experts}
+        if len(experts) > layer.top_k or (router.groups > 1 and len(groups) > router.groups_kept):
+            most = f"{layer.top_k} experts for every token"
+            raise PlanError(
+                f"layer {index} cannot be forced to choose so many experts",
+                expected=most if router.groups == 1 else f"{most}, in {router.groups_kept} of {router.groups} groups",
+                got=sorted(experts),
+                fix="force fewer",
+            )
+        return layer
+
     @contextmanager
     def _tapped(self, layer: MoELayer) -> Iterator[None]:
         """Run the router's forward under a tap that notes and edits its logits (once, however many ask for it)."""
@@ -162,24 +279,12 @@ class MoEView:
         stock, state = router.forward, self._states[layer.index]
 
         def forward(*args, **kwargs):
-            masks = self._bans.get(layer.index)
-            mask = torch.stack(masks).any(0) if masks else None
-            tap = RouterTap(layer.router_width, None if mask is None else partial(_banned, mask=mask))
-            with ExitStack() as stack:
-                if mask is not None:
-                    for key in layer.correction_biases:
-                        old, new = stack.enter_context(self._biased(key, mask[: layer.num_experts]))
-                        args = tuple(new if x is old else x for x in args)
-                        kwargs = {name: new if x is old else x for name, x in kwargs.items()}
-                    for key in layer.tables:
-                        stack.enter_context(self._rerouted(key, mask[: layer.num_experts]))
-                with tap:
-                    out = stock(*args, **kwargs)
-            if tap.logits is None:
+            out, logits = run_router(self.model, layer, stock, args, kwargs, self._edits.get(layer.index, ()))
+            if logits is None:
                 raise ModelError(
                     "the router's logits were not seen", where=layer.router_path, fix="please report this family"
                 )
-            state.logits = tap.logits.reshape(-1, tap.logits.shape[-1])[:, : layer.num_experts]
+            state.logits = logits[:, : layer.num_experts]
             return out
 
         router.forward = forward
@@ -188,38 +293,6 @@ class MoEView:
         finally:
             del router.forward
             state.logits = None
-
-    @contextmanager
-    def _biased(self, key: str, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give the masked experts a correction bias of (nearly) minus infinity: +2 would beat any logit's score."""
-        old = self._tensor(key)
-        new = old.detach().clone()
-        new.view(-1)[: len(mask)].masked_fill_(mask.to(new.device), torch.finfo(new.dtype).min)
-        with self._swapped(key, new):
-            yield old, self._tensor(key)
-
-    @contextmanager
-    def _rerouted(self, key: str, mask: torch.Tensor) -> Iterator[None]:
-        """Give the tokens of masked experts to others in a table from token ids to experts."""
-        with self._swapped(key, reroute(self._tensor(key), mask)):
-            yield
-
-    def _tensor(self, key: str) -> torch.Tensor:
-        path, _, name = key.rpartition(".")
-        return getattr(self.model.get_submodule(path), name)
-
-    @contextmanager
-    def _swapped(self, key: str, new: torch.Tensor) -> Iterator[None]:
-        """Put another tensor in the place of a parameter or buffer."""
-        path, _, name = key.rpartition(".")
-        module = self.model.get_submodule(path)
-        store = module._parameters if name in module._parameters else module._buffers
-        old = store[name]
-        store[name] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-        try:
-            yield
-        finally:
-            store[name] = old
 
     @contextmanager
     def _norms(self, layer: MoELayer) -> Iterator[None]:
@@ -259,11 +332,3 @@ class MoEView:
             source = hidden if made_by is None or made_by.expired() else source
             call.residual = source.reshape(-1, source.shape[-1])
         return call
-
-
-def _banned(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return logits.masked_fill(mask.to(logits.device), torch.finfo(logits.dtype).min)
-
-
-def _remove(masks: list[torch.Tensor], mask: torch.Tensor) -> None:
-    masks[:] = [x for x in masks if x is not mask]

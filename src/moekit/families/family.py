@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moekit.errors import ModelError
+from moekit.families.edits import Where
 from moekit.families.seam import IMPLEMENTATION, Call, Observer, rescaled
 from moekit.families.stock import is_experts
 from moekit.layout import MoELayer
@@ -145,13 +146,37 @@ class Family:
                 handle.remove()
 
     @contextmanager
-    def scale_experts(self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool) -> Iterator[None]:
+    def scale_experts(
+        self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool, where: Where = None
+    ) -> Iterator[None]:
         """Multiply the weights that one layer's experts are given by a float32 factor for each expert."""
 
         def before(_module: nn.Module, args: tuple) -> tuple:
             hidden, ids, weights = args[:3]
             factors_TK = torch.cat([factors_E, factors_E.new_ones(1)]).to(ids.device)[ids.long()]  # id E: empty slot
+            if where is not None:
+                factors_TK = factors_TK.where(where(len(ids)).to(ids.device)[:, None], 1.0)
             return (hidden, ids, rescaled(weights, factors_TK, renormalise), *args[3:])
+
+        handle = view.experts(layer.index).register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def permute_experts(
+        self, view: View, layer: MoELayer, order_E: torch.Tensor, where: Where = None
+    ) -> Iterator[None]:
+        """Run expert `order_E[e]` wherever one layer's router has chosen expert e."""
+
+        def before(_module: nn.Module, args: tuple) -> tuple:
+            hidden, ids, *rest = args
+            order = torch.cat([order_E, order_E.new_tensor([layer.num_experts])]).to(ids.device, ids.dtype)
+            ids_TK = order[ids.long()]
+            if where is not None:
+                ids_TK = ids_TK.where(where(len(ids)).to(ids.device)[:, None], ids)
+            return (hidden, ids_TK, *rest)
 
         handle = view.experts(layer.index).register_forward_pre_hook(before)
         try:

@@ -6,7 +6,7 @@ expert is not chosen; the experts get the T tokens E times over, [E * T, D], eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from moekit.families.edits import Where
 from moekit.families.family import ExpertForm, Family, View
 from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
@@ -72,12 +73,37 @@ class Llama4(Family):
                 handle.remove()
 
     @contextmanager
-    def scale_experts(self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool) -> Iterator[None]:
+    def scale_experts(
+        self, view: View, layer: MoELayer, factors_E: torch.Tensor, renormalise: bool, where: Where = None
+    ) -> Iterator[None]:
         """Scale the router's scores, which the block multiplies the experts' input with."""
+
+        def change(scores_TE: torch.Tensor) -> torch.Tensor:
+            return rescaled(scores_TE, factors_E.to(scores_TE.device), renormalise)
+
+        with self._rescored(view, layer, change, where):
+            yield
+
+    @contextmanager
+    def permute_experts(
+        self, view: View, layer: MoELayer, order_E: torch.Tensor, where: Where = None
+    ) -> Iterator[None]:
+        """Give the score of expert e to expert `order_E[e]`."""
+        with self._rescored(view, layer, lambda scores_TE: scores_TE[:, order_E.argsort()], where):
+            yield
+
+    @contextmanager
+    def _rescored(
+        self, view: View, layer: MoELayer, change: Callable[[torch.Tensor], torch.Tensor], where: Where
+    ) -> Iterator[None]:
+        """Change the router's scores."""
 
         def routed(_module: nn.Module, _args: tuple, outputs: tuple) -> tuple:
             scores_TE, *rest = outputs
-            return (rescaled(scores_TE, factors_E.to(scores_TE.device), renormalise), *rest)
+            new_TE = change(scores_TE)
+            if where is not None:
+                new_TE = new_TE.where(where(len(scores_TE)).to(scores_TE.device)[:, None], scores_TE)
+            return (new_TE, *rest)
 
         handle = view.router(layer.index).register_forward_hook(routed)
         try:

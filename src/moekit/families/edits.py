@@ -1,0 +1,207 @@
+"""Edits of a router's decision, at the logits, of all or some of the tokens that run through it.
+
+The router's own forward runs once for each set of edits that some token has (nearly always once), its raw logits
+edited on their way and its correction biases and token tables swapped for as long; then each token's rows are taken
+from the run with its edits. So groups, top-k and normalisation stay the family's own code, and a token outside an
+edit's reach is routed as if there were none, even where a correction bias, which all tokens share, had to change.
+
+    ban     logit and correction bias: the lowest number there is; a table from token ids gives its place to others
+    force   logit: above every other of the token; correction bias: above every other; a table gives it a place
+    bias    logit: plus an amount. The correction bias, which is no logit, stays
+
+Symbols: T tokens, W rows of the router (E experts, or more), E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moekit.families.seam import RouterTap, reroute
+from moekit.layout import MoELayer
+
+# Which tokens of the running forward an edit is for: a mask [T] for their number T; None for all of them.
+Where = Callable[[int], torch.Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class RouterEdit:
+    """One edit of one layer's router.
+
+    Attributes:
+        action: "ban", "force" or "bias".
+        amounts: what is added for "bias", float32; for the others, not zero where an expert is banned or forced.
+        where: the tokens that it is for.
+    """
+
+    action: Literal["ban", "force", "bias"]
+    amounts: torch.Tensor
+    where: Where = None
+
+
+def of_kind(edits: Sequence[RouterEdit], action: str) -> torch.Tensor | None:
+    """The experts [W] that edits ban or force; None where none does."""
+    found = [edit.amounts != 0 for edit in edits if edit.action == action]
+    return torch.stack(found).any(0) if found else None
+
+
+def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit]) -> torch.Tensor:
+    """Raw logits after all edits: biases, then forced experts above all others, then bans."""
+    out = logits_TW
+    for edit in edits:
+        if edit.action == "bias":
+            out = out + edit.amounts.to(out.device, out.dtype)
+    if (forced_W := of_kind(edits, "force")) is not None:
+        forced_W = forced_W.to(out.device)
+        top = out.masked_fill(forced_W, torch.finfo(out.dtype).min).amax(-1, keepdim=True)
+        margin = FORCE_MARGIN * top.abs().clamp_min(1.0)
+        out = torch.where(forced_W, torch.maximum(out, top + margin), out)
+    if (banned_W := of_kind(edits, "ban")) is not None:
+        out = out.masked_fill(banned_W.to(out.device), torch.finfo(out.dtype).min)
+    return out
+
+
+FORCE_MARGIN = 2**-6  # of the highest other logit: visible in bfloat16, and hardly a change of the weights
+
+
+def edited_bias(bias: torch.Tensor, edits: Sequence[RouterEdit], experts: int) -> torch.Tensor:
+    """A correction bias under which the choice follows bans and forced experts; biases leave it alone."""
+    out = bias.detach().clone()
+    flat_E = out.view(-1)[:experts]
+    if (forced_W := of_kind(edits, "force")) is not None:
+        # Scores are at most as far apart as the logits' function lets them (1 for sigmoid and softmax).
+        flat_E[forced_W[:experts].to(out.device)] = flat_E.max() + FORCED_BIAS
+    if (banned_W := of_kind(edits, "ban")) is not None:
+        flat_E.masked_fill_(banned_W[:experts].to(out.device), torch.finfo(out.dtype).min)
+    return out
+
+
+FORCED_BIAS = 1e4
+
+
+def edited_table(table_VK: torch.Tensor, edits: Sequence[RouterEdit], experts: int) -> torch.Tensor:
+    """A table from token ids to experts under bans and forced experts; a forced one takes the last places first."""
+    out_VK = table_VK
+    banned_W, forced_W = of_kind(edits, "ban"), of_kind(edits, "force")
+    if banned_W is not None:
+        out_VK = reroute(out_VK, banned_W[:experts])
+    if forced_W is not None:
+        wanted = torch.nonzero(forced_W[:experts]).flatten().tolist()
+        out_VK = out_VK.clone()
+        for expert in wanted:
+            lacking_V = ~(out_VK == expert).any(-1)
+            free_VK = ~torch.isin(out_VK, torch.tensor(wanted, dtype=out_VK.dtype, device=out_VK.device))
+            last_V = (free_VK * torch.arange(1, out_VK.shape[1] + 1, device=out_VK.device)).argmax(-1)
+            out_VK[lacking_V, last_V[lacking_V]] = expert
+    return out_VK
+
+
+@contextmanager
+def swapped(model: nn.Module, key: str, new: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Put another tensor in the place of a parameter or buffer; gives (old, new) as the module holds them."""
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    store = module._parameters if name in module._parameters else module._buffers
+    old = store[name]
+    store[name] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    try:
+        yield old, store[name]
+    finally:
+        store[name] = old
+
+
+def run_router(
+    model: nn.Module,
+    layer: MoELayer,
+    stock: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+    edits: Sequence[RouterEdit],
+) -> tuple[Any, torch.Tensor | None]:
+    """What a router's forward gives under edits.
+
+    Args:
+        model: that the router belongs to.
+        layer: of the router.
+        stock: the router's own forward.
+        args: its arguments.
+        kwargs: its named arguments.
+        edits: of this layer.
+
+    Returns:
+        (its outputs, the edited raw logits [T, W]); None for logits that were not seen.
+    """
+    always = [edit for edit in edits if edit.where is None]
+    scoped = [edit for edit in edits if edit.where is not None]
+    if not scoped:
+        return _once(model, layer, stock, args, kwargs, always)
+    return _by_token(model, layer, stock, args, kwargs, always, scoped)
+
+
+def _once(
+    model: nn.Module,
+    layer: MoELayer,
+    stock: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+    edits: Sequence[RouterEdit],
+) -> tuple[Any, torch.Tensor | None]:
+    """One run under edits that are for every token."""
+    tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits) if edits else None)
+    with ExitStack() as stack:
+        if any(edit.action != "bias" for edit in edits):
+            for keys, change in ((layer.correction_biases, edited_bias), (layer.tables, edited_table)):
+                for key in keys:
+                    path, _, name = key.rpartition(".")
+                    found = getattr(model.get_submodule(path), name)
+                    old, new = stack.enter_context(swapped(model, key, change(found, edits, layer.num_experts)))
+                    args = tuple(new if x is old else x for x in args)  # some blocks hand the bias to the router
+                    kwargs = {word: new if x is old else x for word, x in kwargs.items()}
+        with tap:
+            out = stock(*args, **kwargs)
+    return out, None if tap.logits is None else tap.logits.reshape(-1, tap.logits.shape[-1])
+
+
+def _by_token(
+    model: nn.Module,
+    layer: MoELayer,
+    stock: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+    always: list[RouterEdit],
+    scoped: list[RouterEdit],
+) -> tuple[Any, torch.Tensor | None]:
+    """One run for each set of edits that some token has; each token's rows from its own."""
+    out, logits = _once(model, layer, stock, args, kwargs, always)
+    if logits is None:
+        return out, None
+    code_T = torch.zeros(len(logits), dtype=torch.long)  # bit i: whether scoped edit i is for the token
+    for bit, edit in enumerate(scoped):
+        if edit.where is not None:
+            code_T |= edit.where(len(logits)).cpu().long() << bit
+    for code in code_T.unique().tolist():
+        if code:
+            edits = always + [edit for bit, edit in enumerate(scoped) if code >> bit & 1]
+            result, its_logits = _once(model, layer, stock, args, kwargs, edits)
+            mask_T = (code_T == code).to(logits.device)
+            out = _rows_from(out, result, mask_T)
+            logits = logits if its_logits is None else torch.where(mask_T[:, None], its_logits, logits)
+    return out, logits
+
+
+def _rows_from(ours: Any, theirs: Any, mask_T: torch.Tensor) -> Any:
+    """`ours` with the masked tokens' rows of `theirs`, in every tensor that has a row for each token."""
+    if isinstance(ours, tuple | list):
+        return type(ours)(_rows_from(a, b, mask_T) for a, b in zip(ours, theirs, strict=True))
+    if not isinstance(ours, torch.Tensor) or ours.dim() == 0:
+        return ours
+    leading = 1 if len(ours) == len(mask_T) else 2
+    if ours.shape[:leading].numel() != len(mask_T):
+        return ours
+    return torch.where(mask_T.view(*ours.shape[:leading], *[1] * (ours.dim() - leading)), theirs, ours)
