@@ -162,7 +162,7 @@ def test_statistics_are_used_again(cli, place, monkeypatch):
     kept = contents(place / "stats")
     assert Stats.load(place / "stats").token_count() == 512
     with monkeypatch.context() as patch:
-        patch.setattr("moekit.pipeline.measure", refuse_to_measure)
+        patch.setattr("moekit.pipeline.statistics.measure", refuse_to_measure)
         assert cli("compress", "model", *JOB, "--keep", "0.75", "--out", "b", "--stats", "stats").code == 0
         assert cli("compress", "model", *JOB, "--out", "c", "--stats", "stats", "--method", "frequency").code == 0
     assert contents(place / "stats") == kept
@@ -457,7 +457,7 @@ def test_no_disk_space(cli, place, monkeypatch):
     """Said before anything is measured."""
     free = shutil.disk_usage(".")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    monkeypatch.setattr("moekit.pipeline.measure", refuse_to_measure)
+    monkeypatch.setattr("moekit.pipeline.statistics.measure", refuse_to_measure)
     before = contents(place)
     run = cli("compress", "model", *JOB, "--out", "half")
     assert run.code == 2
@@ -484,7 +484,7 @@ def test_our_own_mistake_is_not_blamed_on_the_user(cli, place, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyError("[bold]E[/]")
 
-    monkeypatch.setattr("moekit.pipeline.measure", fail)
+    monkeypatch.setattr("moekit.pipeline.statistics.measure", fail)
     run = cli("compress", "model", *JOB, "--out", "half")
     assert run.code == 1
     assert "internal error KeyError: '[bold]E[/]'" in run.err
@@ -506,9 +506,9 @@ def test_reader_that_has_seen_enough(place):
 
 
 def test_a_result_that_fails_its_proof_is_kept_aside(cli, place, monkeypatch):
-    from moekit import pipeline
+    from moekit.pipeline import production
 
-    bake = pipeline.bake
+    bake = production.bake
 
     def bake_wrongly(*arguments: object, **settings: object) -> object:
         baked = bake(*arguments, **settings)
@@ -518,7 +518,7 @@ def test_a_result_that_fails_its_proof_is_kept_aside(cli, place, monkeypatch):
         return baked
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "bake", bake_wrongly)
+        patch.setattr(production, "bake", bake_wrongly)
         for _ in range(2):  # also where an earlier failure lies
             run = cli("compress", "model", *JOB, "--out", "half")
             assert run.code == 1

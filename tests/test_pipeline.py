@@ -8,13 +8,13 @@ import torch
 import yaml
 
 import moekit
-from moekit import pipeline, refmoe
+from moekit import refmoe
 from moekit.apply.bake import Baked
 from moekit.checkpoint.reader import Checkpoint
 from moekit.errors import OutputError, PlanError, UserError, VerificationError
 from moekit.evaluation.verify import Verification
 from moekit.families.model import Model
-from moekit.pipeline import Job, bytes_after, estimate, prepare, run
+from moekit.pipeline import Job, bytes_after, estimate, prepare, production, run
 from moekit.plans import Plan
 from moekit.recipe import Recipe
 from moekit.stats import Stats
@@ -259,7 +259,7 @@ def test_failed_proof_leaves_the_old_model(recipe, tmp_path, monkeypatch):
     run(prepare(recipe()))
     old = (tmp_path / "out" / "model.safetensors").read_bytes()
     wrong = Verification(False, "stock transformers", "float32", 9, 0.0, 1e-4, 7.0)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: wrong)
+    monkeypatch.setattr(production, "verify", lambda *_: wrong)
     with pytest.raises(VerificationError, match=r"(?s)expected: .*within 0.0001.*got: .*largest difference 7"):
         run(prepare(recipe(keep=0.75), overwrite=True), overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == old

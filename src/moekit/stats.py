@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,8 +53,12 @@ FIELDS: dict[str, tuple[str, str, str]] = {
 MAXIMA = frozenset({"peak"})
 PER_SEQUENCE = ("sequence_share", "sequence_share_sq", "sequence_mass", "sequence_mass_sq")  # rows of one forward each
 ALWAYS = frozenset({"count", "gate_mass", *PER_SEQUENCE})  # taken whatever the groups
+OF_THE_ROUTER = frozenset({"logit", "logit_gram"})  # linear in the router's rows
+NOT_CARRIED = frozenset({"entropy", "margin"})  # of a router with other experts they would have to be measured
 GROUPS = ("scores", "outputs", "routing", "vocabulary")
 WORDS = ("vocabulary", "following")  # sparse counts by token id
+
+Origins = Sequence[Mapping[int, float]]  # for each new expert: old experts, with their shares in its router row
 
 
 def position_bucket(position: np.ndarray) -> np.ndarray:
@@ -97,6 +101,27 @@ class LayerStats:
         arrays = {name: array[domain : domain + 1] for name, array in self.arrays.items()}
         words = {name: getattr(self, name) for name in WORDS}
         return LayerStats(arrays, **{name: rows[rows[:, 0] == domain] * [0, 1, 1, 1] for name, rows in words.items()})
+
+    def regrouped(self, origins: Origins, before: Origins) -> LayerStats:
+        """See `Stats.regrouped`; `before` are the origins of the previous MoE layer's experts."""
+        merged = any(len(members) > 1 for members in origins)
+        gone = NOT_CARRIED | ({"sequence_share_sq", "sequence_mass_sq"} if merged else set())  # squares of sums
+        out = LayerStats()
+        for name in self.arrays.keys() - gone:
+            array = self.arrays[name]
+            for axis, letter in enumerate(FIELDS[name][1], 1):
+                groups = {"E": origins, "F": before}.get(letter)
+                if groups is not None and name in OF_THE_ROUTER:
+                    parts = [sum(share * array.take(e, axis) for e, share in group.items()) for group in groups]
+                    array = np.stack(parts, axis)
+                elif groups is not None:
+                    total = np.max if name in MAXIMA else np.sum
+                    array = np.stack([total(array.take(list(group), axis), axis) for group in groups], axis)
+            out.arrays[name] = array
+        if "coactivation" in out.arrays:
+            chosen = range(len(origins))
+            out.arrays["coactivation"][:, chosen, chosen] = out.arrays["count"]
+        return out
 
     def save(self, file: Path) -> None:
         """Write one safetensors file."""
@@ -228,6 +253,30 @@ class Stats:
             {i: x.merged(other.layers[i], a, b, len(domains)) for i, x in self.layers.items()},
             {"added": [*self.parts, *other.parts]},
         )
+
+    def regrouped(self, origins: Mapping[int, Origins], layout: Layout, fingerprint: str) -> Stats:
+        """What can be said, without running it, of a model whose experts were made of some of this one's.
+
+        An approximation where experts have gone: what their tokens do now is not in it, and a token that had chosen two
+        experts which are one now counts twice. Counts of words are left out, and what `NOT_CARRIED` names.
+
+        Args:
+            origins: by layer, for each new expert the experts that it is made of, the dominant one first, with their
+                shares in its router row; {3: 1.0} is the old expert 3.
+            layout: of the new model.
+            fingerprint: of the new model.
+        """
+        layers, before = {}, None
+        for index, layer in sorted(self.layers.items()):
+            layers[index] = layer.regrouped(origins[index], origins[index] if before is None else before)
+            before = origins[index]
+        first = {"model", "fingerprint"}
+        parts = []
+        for part in self.parts:
+            known = part.get("carried_from", {key: part[key] for key in first & part.keys()})
+            parts.append(part | {"layout": layout.to_dict(), "fingerprint": fingerprint, "carried_from": known})
+        manifest = parts[0] if "added" not in self.manifest else {"added": parts}
+        return Stats(layout.hash, self.domains, self.tokens, self.sequences, layers, manifest)
 
     def __repr__(self) -> str:
         tokens = int(self.tokens.sum())

@@ -10,7 +10,7 @@ import typer
 
 from moekit.cli.screen import bars, console, table
 from moekit.errors import RecipeError
-from moekit.recipe import Recipe, format_bytes
+from moekit.recipe import Recipe, Step, format_bytes
 
 if TYPE_CHECKING:
     from moekit.evaluation import Evaluation
@@ -28,6 +28,9 @@ def compress(
     eval_data: list[str] = typer.Option([], "--eval", help="Text to compare the result on, NAME=PATH; several times."),
     method: str | None = typer.Option(None, help="How it is decided (see `moekit methods`).  [default: easy-ep]"),
     keep: str | None = typer.Option(None, help="Share (0.5, 50%) or number (64) of experts that a layer keeps."),
+    step: list[str] = typer.Option(
+        [], help="One of several steps, as 'easy-ep keep=0.75'; several times, instead of --method and --keep."
+    ),
     domain: list[str] = typer.Option([], help="Domains whose statistics count.  [default: all]"),
     out: str | None = typer.Option(None, help="The folder to make."),
     tokens: int | None = typer.Option(None, help="Calibration tokens of each domain.  [default: 65536]"),
@@ -50,11 +53,11 @@ def compress(
     loads in stock transformers. An interrupted run goes on when the same command is given again.
     """
     from moekit.data import parse_data
-    from moekit.methods import names
 
     flags: dict[str, Any] = {
         "method": method,
         "keep": keep,
+        "steps": step or None,
         "domain": domain or None,
         "out": out,
         "tokens": tokens,
@@ -79,7 +82,7 @@ def compress(
     with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
         if plan_only and not out:
             flags["out"] = str(Path(scratch) / "plan-only")
-        needed = ("data", "out") if method in names("quantize") else ("data", "keep", "out")
+        needed = ("data", "keep", "out") if _needs_keep(method, step) else ("data", "out")
         missing = [f"--{name}" for name in needed if flags[name] is None]
         if missing:
             raise RecipeError(
@@ -88,6 +91,13 @@ def compress(
                 fix=f"e.g. moekit compress {model} --data python=texts/ --keep 0.5 --out smaller/",
             )
         run_recipe(Recipe.from_flags(model=model, **flags), plan_only, stats, device, overwrite, trust_remote_code)
+
+
+def _needs_keep(method: str | None, steps: list[str]) -> bool:
+    """Whether a number of experts must be given beside the method."""
+    from moekit.methods import METHODS, get
+
+    return not steps and (method is None or method not in METHODS or get(method).kind in ("prune", "merge"))
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:
@@ -113,10 +123,10 @@ def run_recipe(
         result = run(
             job, plan_only=plan_only, stats_folder=stats, device=device, overwrite=overwrite, progress=progress
         )
-    for line in result.plan.notes:
+    for line in notes(result):
         screen.print(f"  {line}")
     if result.path is None:
-        saved = format_bytes(result.plan.saved_bytes(job.model.layout))
+        saved = format_bytes(planned_saving(job, result))
         screen.print(f"planned only: {saved} would be saved; run again without --plan-only to write it")
         return result
     screen.print()
@@ -130,35 +140,63 @@ def run_recipe(
 
 def before(job: Job, expected: Estimate) -> list[str]:
     """What will be done, and how long it may take."""
-    from moekit.methods import get
-
-    layout, recipe = job.model.layout, job.recipe
-    quantised = get(recipe.method).kind == "quantize"
-    what = (
-        f"quantise the experts by {recipe.method}"
-        if quantised
-        else f"keep {recipe.keep} of the experts by {recipe.method}"
-    )
+    layout, steps = job.model.layout, job.steps
+    what = [_what(step) for step in steps]
     tokens = sum(job.calibration.tokens.values())
+    lines = [f"{n}. {said}" for n, said in enumerate(what, 1)] if len(steps) > 1 else what
     return [
         f"[bold]{job.model.name}[/]: {len(layout.routed)} MoE layers of {layout.routed[0].num_experts} experts, "
         f"{format_bytes(layout.total.bytes)}",
-        f"  {what}, measured on {tokens:,} tokens",
+        *(f"  {line}" for line in lines[:-1]),
+        f"  {lines[-1]}, measured on {tokens:,} tokens",
         f"  expected: {format_bytes(expected.bytes_after)} at the end; "
         f"about {duration(expected.measure_s)} to measure, {duration(expected.bake_s)} to write",
     ]
 
 
+def _what(step: Step) -> str:
+    """`keep 0.5 of the experts by easy-ep`."""
+    from moekit.methods import get
+
+    match get(step.method).kind:
+        case "quantize":
+            return f"quantise the experts by {step.method}"
+        case _ if step.keep is not None:
+            return f"keep {step.keep} of the experts by {step.method}"
+        case kind:
+            return f"{kind} by {step.method}"
+
+
+def notes(result: Result) -> list[str]:
+    """What the plans say that a reader should know; of several steps each with its number."""
+    several = len(result.steps) > 1
+    return [
+        f"step {number} ({done.plan.method}): {note}" if several else note
+        for number, done in enumerate(result.steps, 1)
+        for note in done.plan.notes
+    ]
+
+
+def planned_saving(job: Job, result: Result) -> int:
+    """Bytes that the plans made so far save together."""
+    return job.model.layout.total.bytes - job.expected()[len(result.steps) - 1].total.bytes
+
+
 def after(job: Job, result: Result) -> list[str]:
     """What was made, and what can be done with it."""
-    baked, proof = result.baked, result.verification
+    baked = result.baked
+    proven_on = "the source" if len(result.steps) < 2 else "the model before the last step"
     lines = [
         f"[bold]{result.path}[/]: {format_bytes(baked.bytes_before)} -> {format_bytes(baked.bytes_after)} "
         f"({baked.bytes_after / baked.bytes_before:.0%})"
     ]
-    if proof:
+    for number, step in enumerate(result.steps, 1) if len(result.steps) > 1 else ():
+        size = f"{format_bytes(step.baked.bytes_before)} -> {format_bytes(step.baked.bytes_after)}"
+        said = f", logits within {step.verification.max_difference:.2g}" if step.verification else ""
+        lines.append(f"  step {number} ({step.plan.method}): {size}{said}")
+    if proof := result.verification:
         lines.append(
-            f"  proven: {proof.loaded_by} on the new files agrees with the plan applied live to the source "
+            f"  proven: {proof.loaded_by} on the new files agrees with the plan applied live to {proven_on} "
             f"(largest logit difference {proof.max_difference:.2g}, {proof.dtype})"
         )
     lines += [f"  {note}" for note in baked.notes]

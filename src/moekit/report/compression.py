@@ -13,6 +13,10 @@ from moekit.checkpoint.hub import is_hub_id
 from moekit.recipe import format_bytes
 
 
+DONE = {"prune": "pruned", "merge": "merged", "quantize": "quantised", "heal": "healed"}  # what a kind of plan leaves
+WITH = {"quantize": "quantised experts", "heal": "healed weights"}
+
+
 def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
     """Write report.json, report.md, recipe.yaml and the model card README.md into `folder`.
 
@@ -49,13 +53,13 @@ def _front_matter(text: str) -> dict[str, Any]:
 def model_card(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from."""
     carried = {key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source}
-    what = {"prune": "pruned", "merge": "merged", "quantize": "quantised"}[report["kind"]]
+    what = [DONE[kind] for kind in report["kinds"]]
     name = report["model"]["name"]
     head = carried | {
         "base_model": name if is_hub_id(name) else Path(name).name,  # a path says nothing to others
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moekit", "mixture-of-experts", what],
+        "tags": ["moekit", "mixture-of-experts", *what],
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
 
@@ -64,21 +68,26 @@ def markdown(report: Mapping[str, Any]) -> Iterator[str]:
     """The report's lines."""
     model, size = report["model"], report["bytes"]
     kept = {layer: len(experts) for layer, experts in report["kept"].items()}
-    quantised = report["kind"] == "quantize"
-    what = "quantised experts" if quantised else f"{_span(kept.values())} of {model['experts']} experts a layer"
-    yield f"# {model['name']} with {what}"
+    fewer = set(report["kinds"]) & {"prune", "merge"}
+    what = [f"{_span(kept.values())} of {model['experts']} experts a layer"] if fewer else []
+    what += [words for kind, words in WITH.items() if kind in report["kinds"]]
+    yield f"# {model['name']} with {', '.join(what)}"
     yield ""
-    yield f"Made by moekit {report['versions']['moekit']} with `{report['method']}` ({_settings(report['settings'])})."
+    steps = report["steps"] if len(report["steps"]) > 1 else []
+    how = f"in {len(steps)} steps" if steps else f"with `{report['method']}` ({_settings(report['settings'])})"
+    yield f"Made by moekit {report['versions']['moekit']} {how}."
     if size:
         share = size["after"] / size["before"]
         yield f"{format_bytes(size['before'])} before, {format_bytes(size['after'])} after ({share:.0%})."
+    if steps:
+        yield from _steps(steps)
     if report["evaluation"]:
         yield from _evaluation(report["evaluation"])
     if proof := report["verification"]:
-        yield from _verification(proof)
+        yield from _verification(proof, "the model before the last step" if steps else "the source")
     yield from ("", "## What to know", "")
     yield from (f"- {note}" for note in report["notes"])
-    if not quantised:
+    if fewer:
         yield from _kept(report)
     yield from ("", "## Made from", "")
     yield f"- model `{model['name']}` ({model['family']}), fingerprint `{model['fingerprint']}`"
@@ -88,6 +97,18 @@ def markdown(report: Mapping[str, Any]) -> Iterator[str]:
     yield "- seconds: " + ", ".join(f"{name} {value:g}" for name, value in report["seconds"].items())
     if report["recipe"]:
         yield from ("", "```yaml", str(report["recipe"]).rstrip(), "```")
+
+
+def _steps(steps: list[Mapping[str, Any]]) -> Iterator[str]:
+    yield from ("", "## Steps", "", "| | method | settings | before | after | largest logit difference |")
+    yield "|---|---|---|---|---|---|"
+    for number, step in enumerate(steps, 1):
+        size, proof = step["bytes"], step["verification"]
+        found = f"{proof['max_difference']:.2g}" if proof else "not verified"
+        yield (
+            f"| {number} | `{step['method']}` | {_settings(step['settings'])} | {format_bytes(size['before'])} "
+            f"| {format_bytes(size['after'])} | {found} |"
+        )
 
 
 def _kept(report: Mapping[str, Any]) -> Iterator[str]:
@@ -113,10 +134,10 @@ def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name} | {score['tokens']:,} | {' | '.join(_interval(score[x]) for x in columns)} |"
 
 
-def _verification(proof: Mapping[str, Any]) -> Iterator[str]:
+def _verification(proof: Mapping[str, Any], against: str) -> Iterator[str]:
     yield from ("", "## Proof", "")
     yield (
-        f"The files, run by {proof['loaded_by']}, against the source with the plan applied live ({proof['dtype']}, "
+        f"The files, run by {proof['loaded_by']}, against {against} with the plan applied live ({proof['dtype']}, "
         f"{proof['positions']} positions): largest logit difference {proof['max_difference']:.2g}; "
         f"{proof['within']:.1%} of positions within {proof['tolerance']:g} of their largest logit."
     )

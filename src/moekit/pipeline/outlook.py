@@ -1,0 +1,115 @@
+"""What steps will leave, as far as it is known before anything is measured: refused here is what cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from moekit import methods
+from moekit.errors import RecipeError, UserError
+from moekit.layout import Layout, Part
+from moekit.methods.budget import uniform
+from moekit.methods.quantize import ways
+from moekit.plans import Drop, Plan
+from moekit.recipe import Step
+
+
+def label(number: int, step: Step) -> str:
+    """How a step of several is called: `step 2 (m-smoe)`."""
+    return f"step {number} ({step.method})"
+
+
+@contextmanager
+def of_step(number: int, steps: Sequence[Step]) -> Iterator[None]:
+    """Let a user's mistake say in which of several steps it is."""
+    try:
+        yield
+    except UserError as error:
+        said = f"{label(number, steps[number - 1])}: "
+        if len(steps) > 1 and not error.problem.startswith(said):
+            raise type(error)(
+                said + error.problem, where=error.where, expected=error.expected, got=error.got, fix=error.fix
+            ) from error
+        raise
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Refuse what is wrong with steps whatever the model.
+
+    Raises:
+        RecipeError: no such method, option or `keep`; a step after quantising that would change experts; a model
+            between two steps that cannot be written.
+    """
+    quantised = 0
+    for number, step in enumerate(steps, 1):
+        with of_step(number, steps):
+            method, *_ = methods.check_options(step.method, step.options)
+            methods.check_keep(method, step.keep)
+            if quantised and method.kind != "heal":
+                before = steps[quantised - 1].method
+                raise RecipeError(
+                    "the experts are quantised already",
+                    where=f"steps.{number}",
+                    expected="what changes experts before what quantises them",
+                    got=f"{step.method} after {before}",
+                    fix="leave one out" if method.kind == "quantize" else f"write {step.method} before {before}",
+                )
+            if method.kind == "quantize":
+                quantised = number
+            if step.spread == "global" and number < len(steps):
+                raise RecipeError(
+                    "layers would keep different numbers of experts, and the next step needs a model that is written",
+                    where=f"steps.{number}.spread",
+                    expected="uniform, but in the last step",
+                    fix="leave spread out",
+                )
+
+
+def expected_layouts(layout: Layout, steps: Sequence[Step]) -> list[Layout]:
+    """The layout that each step leaves (without lists of tensors): numbers of experts, bytes, bits.
+
+    Raises:
+        PlanError: fewer experts than a router needs, or a model that cannot be changed so.
+    """
+    layouts = []
+    for number, step in enumerate(steps, 1):
+        with of_step(number, steps):
+            layout = layout_after(layout, _supposed(layout, step))
+        layouts.append(layout)
+    return layouts
+
+
+def _supposed(layout: Layout, step: Step) -> Plan:
+    """A plan as large as the one that the step will make."""
+    method = methods.get(step.method)
+    plan = Plan(layout_hash=layout.hash)
+    if method.kind == "quantize":
+        plan.ops = [*ways(method, layout, method.settings(step.options))]
+        plan.check(layout)
+    elif step.keep is not None:
+        counts = uniform(layout, step.keep)
+        gone = {x.index: tuple(range(counts[x.index], x.num_experts)) for x in layout.routed}
+        plan.ops = [Drop(layer=index, experts=experts) for index, experts in gone.items() if experts]
+    return plan
+
+
+def layout_after(layout: Layout, plan: Plan) -> Layout:
+    """The layout (without lists of tensors) of the model that a plan makes of one with this layout."""
+    layers, saved_bytes, gone = [], 0, 0
+    for layer in layout.routed:
+        ops = [op for op in plan.ops if op.layer == layer.index]
+        saved = plan.model_copy(update={"ops": ops}).saved_bytes(layout)
+        left = len(plan.kept(layer))
+        expert_bytes = (layer.num_experts * layer.expert_bytes - saved) // left
+        layers.append(replace(layer, num_experts=left, expert_bytes=expert_bytes, tensors=()))
+        saved_bytes, gone = saved_bytes + saved, gone + layer.num_experts - left
+    experts = layout.parts["experts"]
+    share = 1 - gone / sum(layer.num_experts for layer in layout.routed)
+    parts = {**layout.parts, "experts": Part(experts.bytes - saved_bytes, round(experts.params * share))}
+    if gone:
+        parts["mtp"] = Part()
+    else:
+        layers += [layer for layer in layout.layers if layer.mtp]
+    bits = next((f"int{op.bits}" for op in plan.quantised().values()), layout.quantisation)
+    return replace(layout, layers=tuple(layers), parts=parts, quantisation=bits)
