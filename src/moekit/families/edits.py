@@ -6,7 +6,8 @@ from the run with its edits. So groups, top-k and normalisation stay the family'
 edit's reach is routed as if there were none, even where a correction bias, which all tokens share, had to change.
 
     ban     logit and correction bias: the lowest number there is; a table from token ids gives its place to others
-    force   logit: above every other of the token; correction bias: above every other; a table gives it a place
+    force   logit: above every other of the token; correction bias: above every other; a table gives it a place. Where
+            groups are chosen by their two best scores and no correction bias helps, its score is twice the best one's
     bias    logit: plus an amount. The correction bias, which is no logit, stays
 
 Symbols: T tokens, W rows of the router (E experts, or more), E experts.
@@ -14,6 +15,7 @@ Symbols: T tokens, W rows of the router (E experts, or more), E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,8 +53,8 @@ def of_kind(edits: Sequence[RouterEdit], action: str) -> torch.Tensor | None:
     return torch.stack(found).any(0) if found else None
 
 
-def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit]) -> torch.Tensor:
-    """Raw logits after all edits: biases, then forced experts above all others, then bans."""
+def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit], lead: float = 0.0) -> torch.Tensor:
+    """Raw logits after all edits: biases, then forced experts above all others by more than `lead`, then bans."""
     out = logits_TW
     for edit in edits:
         if edit.action == "bias":
@@ -60,7 +62,7 @@ def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit]) -> torch
     if (forced_W := of_kind(edits, "force")) is not None:
         forced_W = forced_W.to(out.device)
         top = out.masked_fill(forced_W, torch.finfo(out.dtype).min).amax(-1, keepdim=True)
-        margin = FORCE_MARGIN * top.abs().clamp_min(1.0)
+        margin = lead + FORCE_MARGIN * top.abs().clamp_min(1.0)
         out = torch.where(forced_W, torch.maximum(out, top + margin), out)
     if (banned_W := of_kind(edits, "ban")) is not None:
         out = out.masked_fill(banned_W.to(out.device), torch.finfo(out.dtype).min)
@@ -153,7 +155,8 @@ def _once(
     edits: Sequence[RouterEdit],
 ) -> tuple[Any, torch.Tensor | None]:
     """One run under edits that are for every token."""
-    tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits) if edits else None)
+    lead = math.log(2) if layer.router.groups > 1 and not layer.correction_biases else 0.0
+    tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits, lead=lead) if edits else None)
     with ExitStack() as stack:
         if any(edit.action != "bias" for edit in edits):
             for keys, change in ((layer.correction_biases, edited_bias), (layer.tables, edited_table)):
