@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def bars() -> Iterator[Progress]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    screen = Console(stderr=True)
+    screen = Console(file=sys.stderr)  # this very stream: a library may be kept quiet by another in its place
     with Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal) as drawn:
         tasks: dict[str, TaskID] = {}
 
