@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import silu, softplus
 
 from moekit.data import Batch, Dataset
 from moekit.errors import DataError, OutputError, PlanError
 from moekit.families.model import Model
+from moekit.families.probe import SCORES, log_scores
 from moekit.measurement import Gatherer, measure
-from moekit.stats import FIELDS, POSITION_BUCKETS, Stats, position_bucket
-from moekit.view import MoEView
+from moekit.stats import FIELDS, GROUPS, POSITION_BUCKETS, RATIO_BINS, Stats, position_bucket
+from moekit.view import MoEView, Observer
 from tiny import batch, dataset
 
 DOMAINS = ("code", "prose")
-EXACT = {"count", "coactivation", "transition", "position_tokens"}
+EXACT = {"count", "coactivation", "transition", "position_tokens", "weight_ratio"}
 
 
 DATA = dataset(batch(0, 12, 9, 1), batch(0, 7, 7, seed=1), batch(1, 10, 2))
@@ -140,6 +141,7 @@ class Loop:
             self.add(index, "gated_norm_sq", domain, (weight * norm) ** 2 * one)
             self.add(index, "easy_ep", domain, shift * weight * norm * one)
             self.add(index, "output", domain, np.outer(one, outputs[e]))
+            self.add(index, "gated_output", domain, weight * np.outer(one, outputs[e]))
             peaks = self.sums[index].setdefault("peak", np.zeros((len(DOMAINS), E)))
             peaks[domain, e] = max(peaks[domain, e], float(outputs[e].abs().max()))
             for other in ids:
@@ -157,6 +159,11 @@ class Loop:
         self.add(index, "position_tokens", domain, bucket)
         self.add(index, "entropy", domain, bucket * -sum(p * math.log(p) for p in scores))
         self.add(index, "margin", domain, bucket * margin)
+        first, *others = sorted(weights.tolist(), reverse=True)
+        ratios = np.zeros((len(others), RATIO_BINS))
+        for rank, weight in enumerate(others):
+            ratios[rank, min(int(weight / first * RATIO_BINS), RATIO_BINS - 1)] = 1
+        self.add(index, "weight_ratio", domain, ratios)
 
     def add(self, index: int, name: str, domain: int, values: np.ndarray) -> None:
         sums = self.sums[index].setdefault(name, np.zeros((len(DOMAINS), *values.shape)))
@@ -169,13 +176,56 @@ def test_every_field_is_what_a_loop_over_tokens_gives(opened, family):
     for number, (index, layer) in enumerate(stats.layers.items()):
         expected = loop.sums[index]
         assert layer.arrays.keys() == expected.keys()
-        assert layer.arrays.keys() == FIELDS.keys() - ({"transition"} if number == 0 else set())
+        taken = {name for name, (group, *_) in FIELDS.items() if group in GROUPS}
+        assert layer.arrays.keys() == taken - ({"transition"} if number == 0 else set())
         for name, array in layer.arrays.items():
             tolerance = 0.0 if name in EXACT else 1e-4 if name == "easy_ep" else 1e-5
             scale = np.abs(expected[name]).max()
             np.testing.assert_allclose(array, expected[name], tolerance, tolerance * scale, err_msg=name)
         for rows, counts in zip((layer.vocabulary, layer.following), loop.words[index], strict=True):
             assert [tuple(row) for row in rows.tolist()] == sorted((*key, n) for key, n in counts.items())
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softplus-sqrt", "relu"])
+def test_entropy_and_margin_are_of_the_routers_own_scores(score):
+    """For every score function, with banned experts (the lowest number there is) counting for nothing."""
+    logits = torch.tensor([[3.0, 1.0, -2.0, 0.5, -30.0], [-1.0, 2.0, 4.0, -torch.finfo(torch.float32).max, 0.1]])
+    scores = SCORES[score](logits.double())
+    p = (scores / scores.sum(-1, keepdim=True)).clamp_min(1e-300)
+    logs = log_scores(score, logits).log_softmax(-1)
+    assert torch.allclose(logs.exp().double(), p, atol=1e-6)
+    entropy = -(logs.exp() * logs).sum(-1)
+    assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5)
+
+
+def test_deepseek_v4_is_measured_by_softplus_sqrt(opened):
+    """The one family whose scores are neither softmax nor sigmoid; softmax of its logits would say otherwise."""
+    model = opened("deepseek_v4")
+    layer = model.layout.routed[-1]
+    assert layer.router.score == "softplus-sqrt"
+    view = MoEView(model.load(torch.float32), model.layout)
+    seen = []
+    gatherer = Gatherer(model.layout.routed, len(DOMAINS), ["routing"])
+
+    class See(Observer):
+        def routed(self, call):
+            if call.layer.index == layer.index:
+                seen.append((call.logits.double(), call.ids))
+
+    part = batch(0, 12)
+    gatherer.batch = (0, part)
+    with view.watch(See()), view.watch(gatherer), torch.inference_mode():
+        view.model(input_ids=part.ids)
+    ((logits, ids),) = seen
+    p = softplus(logits).sqrt()
+    p = p / p.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(p, dtype=torch.bool).scatter_(1, ids, True)
+    margin = p.masked_fill(~chosen, 2.0).amin(-1) - p.masked_fill(chosen, -1.0).amax(-1)
+    sums = gatherer.sums[layer.index]
+    assert float(sums["entropy"].sum()) == pytest.approx(float(-(p * p.log()).sum()), rel=1e-5)
+    assert float(sums["margin"].sum()) == pytest.approx(float(margin.sum()), rel=1e-4, abs=1e-6)
+    softmax = logits.softmax(-1)
+    assert float(sums["entropy"].sum()) != pytest.approx(float(-(softmax * softmax.log()).sum()), rel=1e-3)
 
 
 def test_position_buckets_are_powers_of_two():

@@ -21,10 +21,21 @@ from moekit import __version__
 from moekit.data import Batch, Dataset
 from moekit.errors import ModelError
 from moekit.families.model import Model
+from moekit.families.probe import log_scores
 from moekit.families.seam import ExpertRows
 from moekit.layout import Layout, MoELayer
 from moekit.progress import Progress, silent
-from moekit.stats import ALWAYS, FIELDS, GROUPS, POSITION_BUCKETS, WORDS, LayerStats, Stats, position_bucket
+from moekit.stats import (
+    ALWAYS,
+    FIELDS,
+    GROUPS,
+    POSITION_BUCKETS,
+    RATIO_BINS,
+    WORDS,
+    LayerStats,
+    Stats,
+    position_bucket,
+)
 from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
 from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
@@ -59,16 +70,17 @@ class Gatherer(Observer):
         self.empty_slots: dict[int, int] = {layer.index: 0 for layer in layers}
         self.margin: torch.Tensor | None = None
         self._announced: dict[int, torch.Tensor] = {}
-        sizes = {"P": POSITION_BUCKETS}
+        sizes = {"P": POSITION_BUCKETS, "B": RATIO_BINS}
         for i, layer in enumerate(layers):
             sizes |= {"D": layer.width, "E": layer.num_experts, "F": layers[i - 1].num_experts if i else 0}
             shapes = {
+            sizes["R"] = layer.top_k - 1
                 name: [sizes[x] for x in axes]
                 for name, (group, axes, _) in FIELDS.items()
                 if group in self.groups or name in ALWAYS
             }
             self.sums[layer.index] = {
-                name: torch.zeros(domains, *shape, dtype=torch.float32 if name == "output" else torch.float64)
+                name: torch.zeros(domains, *shape, dtype=torch.float32 if FIELDS[name][1] == "ED" else torch.float64)
                 for name, shape in shapes.items()
                 if 0 not in shape
             }
@@ -94,7 +106,8 @@ class Gatherer(Observer):
         sums, domain = self.sums[call.layer.index], self.batch[1].domain
         norms = torch.linalg.vector_norm(rows.output, dim=-1, dtype=torch.float32)
         self._norms[rows.tokens, rows.ranks] = norms
-        output = rows.output if self._all_real else rows.output[self._real.to(rows.tokens.device)[rows.tokens]]
+        real = slice(None) if self._all_real else self._real.to(rows.tokens.device)[rows.tokens]
+        output = rows.output[real]
         if not len(output):
             return
         if "peak" in sums:
@@ -104,6 +117,9 @@ class Gatherer(Observer):
         if "output" in sums:
             sums["output"][domain, rows.expert] += output.sum(0, dtype=torch.float32).cpu()
 
+            gates = call.weights[rows.tokens, rows.ranks][real].float()
+            gates = torch.ones_like(gates) if call.layer.router.weighs_input else gates
+            sums["gated_output"][domain, rows.expert] += (gates @ output.float()).cpu()
     def finished(self, call: Call, output: torch.Tensor) -> None:
         """Add the call to the sums."""
         number, batch = self.batch
@@ -135,6 +151,8 @@ class Gatherer(Observer):
             logits = call.logits[keep].float()
             self._routing(layer, number, batch, sums, logits, ids)
             if bool(logits.amin() <= (lowest := torch.finfo(call.logits.dtype).min)):  # a plan that runs live
+            if "weight_ratio" in sums:
+                sums["weight_ratio"] += _ratios(weights.masked_fill(ids == layer.num_experts, 0.0)).cpu()
                 logits = logits.masked_fill(logits <= lowest, 0.0)
             sums["logit"] += logits.sum(0).double().cpu()
             sums["logit_gram"] += (logits.T @ logits).double().cpu()
@@ -216,8 +234,7 @@ class Gatherer(Observer):
         if layer.router.follows_logits and bool((other > lowest).any()):
             raise _mismatch(layer, "experts were chosen that the logits do not favour")
         lowest = lowest.where(lowest.isfinite(), other)  # no expert at all
-        if layer.router.score.startswith("sigmoid"):
-            logits, lowest, other = (nn.functional.logsigmoid(x) for x in (logits, lowest, other))
+        logits, lowest, other = (log_scores(layer.router.score, x) for x in (logits, lowest, other))
         total = logits.logsumexp(-1)
         logs = logits - total[:, None]
         entropy = -(logs.exp() * logs).sum(-1)
@@ -257,6 +274,15 @@ def _shift(residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 
 
 def _one_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+def _ratios(weights_TK: torch.Tensor) -> torch.Tensor:
+    """Tokens [K - 1, bins] by the ratio of each further weight, largest first, to the largest; empty slots nowhere."""
+    ordered_TK = weights_TK.double().sort(-1, descending=True).values
+    ratio_TR = ordered_TK[:, 1:] / ordered_TK[:, :1]  # without any weight, not a number
+    bins_TR = (ratio_TR * RATIO_BINS).nan_to_num(0.0).long().clamp_(0, RATIO_BINS - 1)
+    out = torch.zeros(ratio_TR.shape[1], RATIO_BINS, dtype=torch.float64, device=weights_TK.device)
+    return out.scatter_add_(1, bins_TR.T, (ordered_TK[:, 1:] > 0).double().T)
+
+
     """Which experts each token chose [T, E]; id E (a slot that no expert fills) counts for none."""
     chosen = torch.zeros(len(ids_TK), num_experts + 1, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
     return chosen[:, :num_experts]

@@ -3,9 +3,9 @@
 Every quantity is a sum (or, for peaks, a maximum) over real tokens, kept by MoE layer and domain, so that
 `stats(A) + stats(B) == stats(A and B)`. Methods read them by name; nothing here knows how they were taken.
 
-Symbols: N domains, E experts, D hidden size, P position buckets, g_j(t) the weight that the model itself gives expert
-j on token t, f_j its unweighted output, T_j the tokens routed to j, h the residual stream before the block, y the
-routed sum.
+Symbols: N domains, E experts, D hidden size, P position buckets, R ranks behind the first, B ratio bins, g_j(t)
+the weight that the model itself gives expert j on token t, f_j its unweighted output, T_j the tokens routed to j, h the
+residual stream before the block, y the routed sum.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moekit.markup import html_table
 
 SCHEMA = 1
 POSITION_BUCKETS = 21  # bucket b > 0 holds positions 2^(b-1) .. 2^b - 1; bucket 0 is position 0
+RATIO_BINS = 1000  # of [0, 1], equally wide; the last holds 1
 
 # name -> (group, shape after the domain axis, what it is)
 FIELDS: dict[str, tuple[str, str, str]] = {
@@ -42,6 +43,7 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "easy_ep": ("scores", "E", "sum over T_j of max(0, 1 - cos(h, h + y)) g_j |f_j| (EASY-EP)"),
     "peak": ("scores", "E", "maximum over T_j of |element of f_j| (super experts)"),
     "output": ("outputs", "ED", "sum over T_j of f_j"),
+    "gated_output": ("outputs", "ED", "sum over T_j of g_j f_j (REAM)"),
     "logit": ("routing", "E", "sum of router logits"),
     "logit_gram": ("routing", "EE", "sum of products of two experts' router logits"),
     "coactivation": ("routing", "EE", "tokens that chose both i and j (diagonal: count)"),
@@ -49,12 +51,14 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "position_tokens": ("routing", "P", "tokens in a position bucket"),
     "entropy": ("routing", "P", "sum of the router's entropy, nats, by position bucket"),
     "margin": ("routing", "P", "sum of the lowest chosen score less the highest other one, by position bucket"),
+    "weight_ratio": ("routing", "RB", "tokens by their r-th largest weight over the largest, r from 2 to k (ODP)"),
 }
 MAXIMA = frozenset({"peak"})
 PER_SEQUENCE = ("sequence_share", "sequence_share_sq", "sequence_mass", "sequence_mass_sq")  # rows of one forward each
 ALWAYS = frozenset({"count", "gate_mass", *PER_SEQUENCE})  # taken whatever the groups
 OF_THE_ROUTER = frozenset({"logit", "logit_gram"})  # linear in the router's rows
-NOT_CARRIED = frozenset({"entropy", "margin"})  # of a router with other experts they would have to be measured
+# With other experts they would have to be measured.
+NOT_CARRIED = frozenset({"entropy", "margin", "weight_ratio"})
 GROUPS = ("scores", "outputs", "routing", "vocabulary")
 WORDS = ("vocabulary", "following")  # sparse counts by token id
 
@@ -71,7 +75,7 @@ class LayerStats:
     """One MoE layer's sums.
 
     Attributes:
-        arrays: name of `FIELDS` to float64 array [N, ...] ("output": float32).
+        arrays: name of `FIELDS` to float64 array [N, ...] (those with E and D: float32).
         vocabulary: integers [M, 4], sorted: domain, token id, expert, count; input tokens routed to an expert. Expert E
             is a slot that stayed empty: a token id's counts always add up to top_k times its occurrences.
         following: the same of the token that comes next in the text, which the model was to predict there.

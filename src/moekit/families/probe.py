@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 from torch.overrides import TorchFunctionMode
 
 from moekit.families.family import Family
@@ -29,6 +29,27 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "softplus-sqrt": lambda logits: softplus(logits).sqrt(),
 }
+SOFTPLUS_IS_EXP = -20.0  # below, log(1 + e^x) and e^x are one float32
+
+
+def log_scores(score: str, logits: torch.Tensor) -> torch.Tensor:
+    """Logarithms of a router's scores, up to a constant for each token.
+
+    Args:
+        score: `Router.score`; what is not a plain function of one logit ("sparsemixer", unknown ones) counts as
+            "softmax".
+        logits: raw, float32, any shape; of experts that a plan bans the lowest number there is.
+
+    Returns:
+        The same shape; finite where the logits are.
+    """
+    if score.startswith("sigmoid"):
+        return logsigmoid(logits)
+    if score.startswith("softplus-sqrt"):
+        return 0.5 * torch.where(logits < SOFTPLUS_IS_EXP, logits, softplus(logits.clamp_min(SOFTPLUS_IS_EXP)).log())
+    if score.startswith("relu"):
+        return logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
+    return logits
 
 
 class Routing(NamedTuple):
