@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 import giant
-from moekit import stream as streaming
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.loader import Loader
 from moekit.families.model import Model
@@ -84,7 +84,7 @@ def test_bfloat16_is_within_2_percent_of_the_largest_logit(opened, family):
 @pytest.mark.parametrize("family", ["qwen3_moe", "jamba", "zaya", "hy_v4"])
 @pytest.mark.parametrize("limit", [0, 4000])
 def test_hidden_states_that_wait_on_disk_come_back_unchanged(opened, family, limit, monkeypatch, tmp_path):
-    monkeypatch.setattr(streaming.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ids = batches((2, 8), (2, 8), (1, 3))
     written = []
 
@@ -102,7 +102,7 @@ def test_nothing_is_spilled_below_the_limit(qwen, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(streaming.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     list(Stream(qwen.loader(torch.float32)).run(batches()))
 
 
@@ -114,6 +114,35 @@ def test_stops_after_a_layer(qwen):
     assert found == []
     assert passed == [0, 1]
     assert read == [-1, 0, 1]
+    assert empty(loader)
+
+
+def test_a_stop_runs_a_layer_without_going_on_and_takes_its_weights_as_they_are(qwen):
+    ids, loader, passed = batches((2, 12), (1, 7)), qwen.loader(torch.float32), {}
+    stock_outputs = {}
+    list(Stream(loader).run(ids, passed=lambda *x: stock_outputs.__setitem__(x[:2], x[2].clone()), last_layer=1))
+    with no_thread_left():
+        for stop in Stream(loader).stops(ids, passed=lambda *x: passed.__setitem__(x[:2], x[2].clone()), last_layer=1):
+            key = f"{loader.layers_path}.{stop.layer}.mlp.experts.down_proj"
+            (args, kwargs), weight = stop.arguments(1), loader.model.get_parameter(key).requires_grad_()
+            rehearsed = stop.forward(*args, **kwargs)
+            assert torch.equal(rehearsed, stop.run(1))
+            rehearsed.sum().backward()
+            assert weight.grad.abs().sum() > 0
+            if stop.layer == 0:
+                assert torch.equal(rehearsed, stock_outputs[0, 1])
+                weight.data.zero_()
+    assert empty(loader)
+    assert list(passed) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert not torch.equal(passed[0, 1], stock_outputs[0, 1])
+
+
+def test_a_stream_left_at_a_stop_cleans_up(qwen):
+    loader = qwen.loader(torch.float32)
+    with no_thread_left():
+        stops = Stream(loader).stops(batches())
+        next(stops)
+        stops.close()
     assert empty(loader)
 
 
