@@ -86,6 +86,7 @@ def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tenso
     Raises:
         CheckpointError: a weight that new numbers are made of has entries that are no numbers.
     """
+    _check_numbers(loader, layout, plan, index, tensors)
     out: Parameters = {}
     for change, _ in CHANGES:
         out |= change(loader, layout, plan, index, tensors | out)
@@ -100,6 +101,22 @@ def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tenso
             )
         out[key] = x.to(loader.on_disk(on_disk[key])).to(tensors[key].dtype)
     return out
+
+
+def _check_numbers(loader: Loader, layout: Layout, plan: Plan, index: int, tensors: Parameters) -> None:
+    """Refuse a parameter that is to change and is not all numbers, by the name of its tensor on disk."""
+    names = set().union(*(find(loader, layout, plan, index) for _, find in CHANGES))
+    for key, group in loader.placements(index).items() if names else ():
+        on_disk = [x.name for x in group]
+        if key not in tensors or names.isdisjoint(on_disk) or tensors[key].isfinite().all():
+            continue
+        bad = next((x for x in on_disk if not loader.checkpoint.read(x).float().isfinite().all()), on_disk[0])
+        raise CheckpointError(
+            "this weight has entries that are no numbers",
+            where=f"{loader.checkpoint.path}: {bad}",
+            got="NaN or infinity",
+            fix="repair the source",
+        )
 
 
 def editing(loader: Loader, layout: Layout, plan: Plan) -> None:
