@@ -273,7 +273,8 @@ class Checkpoint:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if os is not None:  # as it is when the interpreter ends, which closes files itself
+            self.close()
 
     @cached_property
     def fingerprint(self) -> str:
