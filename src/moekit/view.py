@@ -7,6 +7,8 @@ with view.ban({3: [0, 7]}):     # the router never chooses these; the family's c
     model.generate(...)
 with view.scale({3: {7: 0.0}}):     # their slots stay empty: what the experts add, and nothing else, is gone
     model(input_ids)
+with view.replace({3: {7: vector}}):    # the expert's output is the vector, whatever its input; it is not run
+    model(input_ids)
 with view.edit("force", {3: {7: 1.0}}, Reach("generated")):     # every token that the model writes runs expert 7
     model.generate(...)
 """
@@ -26,10 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
 from moekit.families.edits import RouterEdit, Where, run_router
-from moekit.families.family import family_of
+from moekit.families.family import Change, family_of
 from moekit.families.seam import Call, Observer
 from moekit.families.tokens import EVERYWHERE, Clock, Reach, Tokens
-from moekit.layout import Layout, MoELayer
+from moekit.layout import ExpertId, Layout, MoELayer
 
 
 @dataclass
@@ -229,6 +231,54 @@ class MoEView:
                 factors_E[list(by_expert)] = torch.tensor(list(by_expert.values()), dtype=torch.float32)
                 stack.enter_context(self.family.scale_experts(self, layer, factors_E, renormalise, where))
             yield
+
+    @contextmanager
+    def replace(self, constants: Mapping[int, Mapping[int, torch.Tensor]]) -> Iterator[None]:
+        """Let vectors stand for experts: a slot adds its weight times the vector, and the expert is not run.
+
+        The router decides as ever, and an observer sees the vector as the expert's output. Where the weight multiplies
+        an expert's input (Llama 4) and not its output, a slot adds the vector itself.
+
+        Args:
+            constants: by decoder layer index and expert, [D], of any dtype.
+
+        Raises:
+            PlanError: a layer or expert that does not exist, or a vector of another length.
+        """
+        with ExitStack() as stack:
+            for index, by_expert in constants.items():
+                if not by_expert:
+                    continue
+                layer = self._check_experts(index, by_expert)
+                for expert, vector in by_expert.items():
+                    if vector.shape != (layer.width,):
+                        where = str(ExpertId(index, expert))
+                        raise PlanError("a stand-in has not the width of the experts", where=where, got=vector.shape)
+                undo = self.family.place_constants(self.experts(index), self.router(index), by_expert)
+                stack.callback(undo)
+            yield
+
+    @contextmanager
+    def adapt(self, changes: Mapping[int, Change]) -> Iterator[None]:
+        """Change the weights of chosen experts, token by token; a slot whose weight becomes 0 is not run.
+
+        An observer entered afterwards sees such a slot as empty (expert E).
+
+        Args:
+            changes: by decoder layer index, a function of (hidden_TD, ids_TK, weights_TK) that returns new weights_TK.
+
+        Raises:
+            PlanError: a layer that does not exist.
+        """
+        with ExitStack() as stack:
+            for index, change in changes.items():
+                stack.enter_context(self.family.adapt_experts(self, self._check_experts(index, [0]), change))
+            yield
+
+    @property
+    def running(self) -> Tokens | None:
+        """The tokens that `at` says are running; None where nobody says."""
+        return getattr(self._running, "given", None)
 
     def _check_experts(self, index: int, experts: Collection[int]) -> MoELayer:
         layer = self.layout.by_index.get(index)

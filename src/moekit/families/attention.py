@@ -18,6 +18,17 @@ def make_eager(model: nn.Module) -> None:
 
 
 @contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """`make_eager` for as long as the context lasts."""
+    old = model.config._attn_implementation
+    make_eager(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(old)
+
+
+@contextmanager
 def watch_attention(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Show `see` the attention weights [B, H, T, T] of a decoder layer; nothing where it has none (linear attention).
 

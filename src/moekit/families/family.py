@@ -6,7 +6,7 @@ An exception is one small file in this package with a subclass of `Family` and o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +22,10 @@ from moekit.layout import MoELayer
 
 if TYPE_CHECKING:
     from moekit.families.probe import Probed
+
+
+# What `Family.adapt_experts` asks: (hidden_TD, ids_TK, weights_TK) -> new weights_TK.
+Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class View(Protocol):
@@ -162,6 +166,58 @@ class Family:
         try:
             yield
         finally:
+            handle.remove()
+
+    def place_constants(
+        self, experts: nn.Module, router: nn.Module, constants: Mapping[int, torch.Tensor]
+    ) -> Callable[[], None]:
+        """Let vectors take the place of some experts' outputs, beside those that already do.
+
+        A slot then adds its weight times the vector; the expert is not run. Observers see it as the expert's output.
+
+        Args:
+            experts: of one layer.
+            router: of that layer.
+            constants: [D] by expert.
+
+        Returns:
+            What takes them away again.
+        """
+        config, old = experts.config, experts.config._experts_implementation
+        before = vars(experts).get("_moekit_constants", {})
+        experts._moekit_constants = {**before, **constants}
+        config._experts_implementation = IMPLEMENTATION
+
+        def undo() -> None:
+            experts._moekit_constants = before
+            config._experts_implementation = old
+
+        return undo
+
+    @contextmanager
+    def adapt_experts(self, view: View, layer: MoELayer, change: Change) -> Iterator[None]:
+        """Change the weights that one layer's experts are given; a slot whose weight becomes 0 is not run.
+
+        Args:
+            view: of the model.
+            layer: the layer.
+            change: (hidden_TD, ids_TK, weights_TK) to new weights_TK.
+        """
+
+        def before(_module: nn.Module, args: tuple) -> tuple:
+            hidden, ids, weights = args[:3]
+            new = change(hidden, ids, weights)
+            empty = (new == 0) & (weights != 0)
+            return (hidden, ids.masked_fill(empty, layer.num_experts), new, *args[3:])
+
+        experts = view.experts(layer.index)
+        old = experts.config._experts_implementation
+        handle = experts.register_forward_pre_hook(before)
+        experts.config._experts_implementation = IMPLEMENTATION
+        try:
+            yield
+        finally:
+            experts.config._experts_implementation = old
             handle.remove()
 
     @contextmanager

@@ -6,7 +6,7 @@ expert is not chosen; the experts get the T tokens E times over, [E * T, D], eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moekit.families.edits import Where
-from moekit.families.family import ExpertForm, Family, View
+from moekit.families.family import Change, ExpertForm, Family, View
 from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
 
@@ -83,6 +83,46 @@ class Llama4(Family):
 
         with self._rescored(view, layer, change, where):
             yield
+
+    def place_constants(
+        self, experts: nn.Module, router: nn.Module, constants: Mapping[int, torch.Tensor]
+    ) -> Callable[[], None]:
+        """A slot adds the vector itself: what weights an expert's input here does not scale its output."""
+        chosen: list[torch.Tensor] = []
+
+        def routed(_module: nn.Module, _args: tuple, outputs: tuple) -> None:
+            chosen[:] = [outputs[0] > 0]
+
+        def after(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+            chosen_TE = chosen.pop()
+            output_ETD = output.view(chosen_TE.shape[1], len(chosen_TE), -1).clone()
+            for expert, vector in constants.items():
+                output_ETD[expert] = chosen_TE[:, expert, None] * vector.to(output.device, output.dtype)
+            return output_ETD.view_as(output)
+
+        handles = [router.register_forward_hook(routed), experts.register_forward_hook(after)]
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return undo
+
+    @contextmanager
+    def adapt_experts(self, view: View, layer: MoELayer, change: Change) -> Iterator[None]:
+        """Change the router's scores. Nothing is saved: the stock code runs every expert on every token."""
+
+        def routed(_module: nn.Module, args: tuple, outputs: tuple) -> tuple:
+            scores_TE, *rest = outputs
+            weights, ids = self.routing(outputs)
+            new = change(args[0].reshape(len(scores_TE), -1), ids, weights)
+            return (torch.zeros_like(scores_TE).scatter_(1, ids, new.to(scores_TE.dtype)), *rest)
+
+        handle = view.router(layer.index).register_forward_hook(routed)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def permute_experts(

@@ -10,7 +10,7 @@ Symbols: T tokens, K chosen, E experts, D hidden, N rows of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,8 @@ def observed_experts(
 ) -> torch.Tensor:
     """Routed experts by the contract of transformers 5, showing each expert's output to `experts._moekit_watch`.
 
+    Experts of `experts._moekit_constants` ({expert: vector [D]}) are not run: their output is the vector.
+
     Args:
         experts: a module with the contract (`down_proj`, `gate_up_proj` or `up_proj`, `_apply_gate`, flags).
         hidden_TD: inputs.
@@ -117,6 +119,7 @@ def observed_experts(
         The weighted sum of the outputs [T, D], in the dtype of `hidden_TD`.
     """
     watch: Callable[[ExpertRows], None] | None = getattr(experts, "_moekit_watch", None)
+    constants: Mapping[int, torch.Tensor] = getattr(experts, "_moekit_constants", {})
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     up_bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     down_bias = experts.down_proj_bias if experts.has_bias else None
@@ -132,16 +135,19 @@ def observed_experts(
             continue
         tokens, ranks = all_tokens[start : start + count], all_ranks[start : start + count]
         start += count
-        mid = products.linear(
-            products.rows(tokens), up[expert], None if up_bias is None else up_bias[expert], experts.is_transposed
-        )
-        mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
-        result = products.linear(
-            mid, experts.down_proj[expert], None if down_bias is None else down_bias[expert], experts.is_transposed
-        )
-        if experts.has_post_expert_norm:
-            result = experts.post_expert_norm(result)
-        result = result[:count]
+        if expert in constants:
+            result = constants[expert].to(out.device, hidden_TD.dtype).repeat(count, 1)
+        else:
+            mid = products.linear(
+                products.rows(tokens), up[expert], None if up_bias is None else up_bias[expert], experts.is_transposed
+            )
+            mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
+            result = products.linear(
+                mid, experts.down_proj[expert], None if down_bias is None else down_bias[expert], experts.is_transposed
+            )
+            if experts.has_post_expert_norm:
+                result = experts.post_expert_norm(result)
+            result = result[:count]
         if watch is not None:
             watch(ExpertRows(expert, tokens, ranks, result))
         out.index_add_(0, tokens, result.mul_(weights_TK[tokens, ranks, None]).to(out.dtype))
