@@ -265,3 +265,103 @@ def test_sizes_for_people_are_true_to_three_digits(count):
     text = format_bytes(count)
     assert abs(parse_bytes(text) - count) <= 0.005 * count
     assert len(text) <= 9
+
+
+# ---- several steps
+
+STEPS = """\
+model: refmoe
+data:
+  python: hf:org/code
+  web: hf:org/web
+domain: web
+steps:
+  - method: easy-ep
+    keep: 75%
+  - {method: man, keep: 4, domain: python, spread: global, protect: none, options: {squared: true}}
+  - method: rtn-int4
+    remeasure: true
+keep_steps: true
+out: out
+"""
+
+
+def test_steps_are_read_and_the_recipes_domain_is_theirs(tmp_path):
+    recipe = Recipe.load(write(tmp_path, STEPS))
+    first, second, third = recipe.steps_
+    assert (first.method, first.keep, first.domain, first.spread, first.protect) == (
+        "easy-ep",
+        0.75,
+        ["web"],
+        "uniform",
+        "super",
+    )
+    assert (second.keep, second.domain, second.spread, second.protect) == (4, ["python"], "global", "none")
+    assert second.options == {"squared": True}
+    assert (third.method, third.keep, third.remeasure) == ("rtn-int4", None, True)
+    assert recipe.keep_steps
+    assert Recipe.load(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_the_short_form_is_one_step(tmp_path):
+    recipe = Recipe.load(write(tmp_path, FULL))
+    (step,) = recipe.steps_
+    assert (step.method, step.keep, step.spread, step.protect) == ("man", 0.5, "global", "none")
+    assert (step.options, step.domain, step.remeasure) == ({"squared": True}, ["python"], False)
+    assert "steps" not in yaml.safe_load(recipe.to_yaml())
+
+
+def test_steps_as_flags():
+    steps = [
+        "easy-ep keep=75%",
+        "man keep=4 domain=python spread=global protect=none squared=true",
+        "rtn-int4 remeasure=yes",
+    ]
+    flags = LEAST | {"data": {"python": "hf:org/code", "web": "hf:org/web"}, "domain": "web", "keep_steps": True}
+    del flags["keep"]
+    assert Recipe.from_flags(**flags, steps=steps) == Recipe.from_flags(**flags, steps=yaml.safe_load(STEPS)["steps"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key", "words"),
+    [
+        ("keep: 75%", "kep: 75%", 8, "steps.1.kep", "did you mean 'keep'?"),
+        ("keep: 75%", "keep: 175%", 8, "steps.1.keep", "share in (0, 1]"),
+        ("- method: easy-ep\n    keep", "- keep", 7, "steps.1", "lacks 'steps.1.method'"),
+        ("spread: global", "spread: globl", 9, "steps.2.spread", "'uniform' or 'global'"),
+        ("domain: python", "domain: pyton", 9, "steps.2.domain", "did you mean 'python'?"),
+        ("{squared: true}", "{seed: 3}", 9, "steps.2.options.seed", "write it in calibration"),
+        ("{squared: true}", "[squared]", 9, "steps.2.options", "a valid dictionary"),
+        ("remeasure: true", "remeasure: 1", 11, "steps.3.remeasure", "a valid boolean"),
+        ("remeasure: true", "method: again", 11, "", "'steps.3.method' is given twice"),
+        ("steps:\n", "steps: []\nx:\n", 7, "x", "no key 'x'"),
+        ("domain: web\n", "keep: 0.5\n", 6, "steps", "not both"),
+        ("domain: web\n", "method: man\n", 6, "steps", "steps and method"),
+    ],
+)
+def test_a_mistake_in_a_step_is_named_with_its_line(tmp_path, old, new, line, key, words):
+    assert STEPS.count(old) == 1
+    file = write(tmp_path, STEPS.replace(old, new))
+    error = refused(file)
+    assert error.where == f"{file}:{line}" + (f": {key}" if key else "")
+    assert words in str(error)
+    assert len(str(error).splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (["easy-ep keep"], "expected: NAME=VALUE"),
+        (["easy-ep keep=0"], "share in (0, 1]"),
+        (["keep=0.5"], "a method and its settings"),
+        ([""], "a method and its settings"),
+        (["man 'keep=0.5"], "a method and its settings"),
+        (["man options=3"], "a valid dictionary"),
+        ([], "at least 1 item"),
+        ([3], "a valid dictionary"),
+    ],
+)
+def test_a_step_as_a_flag_that_is_none(steps, words):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_flags(**{k: v for k, v in LEAST.items() if k != "keep"}, steps=steps)
+    assert words in " ".join(str(caught.value).split())

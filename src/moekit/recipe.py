@@ -302,6 +302,8 @@ def _step(text: str) -> dict[str, Any]:
     """A step as it is written on a command line: the method, then NAME=VALUE; what is no key of a step is an option."""
     try:
         method, *settings = shlex.split(text)
+        if "=" in method:
+            raise ValueError
     except ValueError:
         raise RecipeError(
             "this is no step",
