@@ -158,7 +158,7 @@ class Layout:
         num_layers: decoder layers, dense ones included, multi-token-prediction layers not.
         vocab_size: number of token ids.
         dtype: the dtype that most bytes have on disk ("bfloat16", "float8_e4m3fn", ...).
-        quantisation: None, "fp8" or "mxfp4".
+        quantisation: None, "fp8", "mxfp4", "int4" and the like, "int-mixed", or "moekit" (packed by moekit).
         layers: the MoE layers in order (multi-token-prediction ones last).
         parts: "experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp".
         active_params: parameters that take part in one token.

@@ -2,9 +2,9 @@
 
 Dropping experts never changes a number: tensors of one expert are left out or renumbered, fused tensors, router rows,
 biases and quantisation scales are sliced along their expert axis, all else is copied byte for byte: fp8 and mxfp4
-weights are never dequantised. Merging makes new numbers for the experts that stay, a layer at a time; quantising for
-all of them, a tensor at a time. Multi-token-prediction layers share the number of experts with the rest of the model,
-but no statistics tell which of theirs matter: they leave a model that loses experts.
+weights are never dequantised. Merging makes new numbers for the experts that stay, a layer at a time; quantising rounds
+what is left after that, a tensor at a time. Multi-token-prediction layers share the number of experts with the rest of
+the model, but no statistics tell which of theirs matter: they leave a model that loses experts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import torch
 
 from moekit import __version__
 from moekit.apply.made import MadeTensors
-from moekit.apply.quantize import NOTE, quantisation_config, quantised_tensors
+from moekit.apply.quantize import NOTE, OWN_NOTE, quantisation_config, quantised_tensors
 from moekit.checkpoint.place import write_text
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
-from moekit.checkpoint.writer import Copy, Make, OutTensor, write_checkpoint
+from moekit.checkpoint.writer import STEM, Copy, Make, OutTensor, write_checkpoint
 from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
 from moekit.families.loader import Loader
+from moekit.families.packings import OWN
 from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plans import Plan, PlanTensors
@@ -120,6 +121,7 @@ def bake(
         config,
         [(checkpoint.path / x, x) for x in sides if x.as_posix() not in foreign],
         job={"source": checkpoint.fingerprint, "plan": plan_hash, "moekit": __version__},
+        stem=OWN if OWN in (plan.packed_form, understanding.layout.quantisation) else STEM,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,
@@ -140,7 +142,6 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     dropped = plan.dropped()
     dense = bool(plan.merges() or plan.values())
     readers = MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
-    quantised = quantised_tensors(checkpoint, layout, plan)
     gone = set(_mtp_tensors(understanding)) if dropped else set()
     new: dict[str, OutTensor] = {}
     for layer in layout.routed:
@@ -160,6 +161,8 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
         for name, read in readers(index).items():
             if name not in new and name not in gone:
                 new[name] = replace(_copy(checkpoint.info(name), name), source=Make(read))
+    names = {source: tensor.name for source, tensor in new.items()}
+    quantised = quantised_tensors(checkpoint, understanding, plan, readers, names)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
     out = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
     return [tensor for tensors in out for tensor in tensors]
@@ -168,14 +171,13 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
 def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Plan) -> tuple[dict, list[str]]:
     """config.json of the model that `plan` makes, and notes on what a reader may not expect."""
     layout = understanding.layout
-    if plan.quantised():
-        weights = quantised_tensors(checkpoint, layout, plan)
-        return checkpoint.config | {"quantization_config": quantisation_config(understanding, plan, weights)}, [NOTE]
+    config, notes = checkpoint.config, []
+    if plan.packed_form:
+        config = config | {"quantization_config": quantisation_config(checkpoint, understanding, plan)}
+        notes.append(OWN_NOTE if plan.packed_form == OWN else NOTE)
     if not plan.dropped():
-        return checkpoint.config, []
-    count = len(plan.kept(layout.routed[0]))
-    config = set_expert_count(checkpoint.config, layout.expert_count_keys, count)
-    notes = []
+        return config, notes
+    config = set_expert_count(config, layout.expert_count_keys, len(plan.kept(layout.routed[0])))
     if removed := _mtp_tensors(understanding):
         keys = _clear_mtp(config)
         notes.append(

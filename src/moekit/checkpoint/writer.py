@@ -39,10 +39,11 @@ from moekit.checkpoint.place import (
     take_over,
     write_text,
 )
-from moekit.checkpoint.reader import DTYPES, INDEX, SINGLE
+from moekit.checkpoint.reader import DTYPES, INDEX
 from moekit.errors import CheckpointError, OutputError
 from moekit.progress import Progress, silent
 
+STEM = "model"  # of the files in which stock transformers looks for weights
 BLOCK_BYTES = 1 << 24  # copied inside the kernel at a time
 BUFFER_BYTES = 1 << 23  # copied through our own memory at a time
 AHEAD_BYTES = 1 << 25  # read before its turn comes; written before it is sent to the disk
@@ -133,7 +134,7 @@ class Written:
     reused: int
 
 
-def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int) -> list[Shard]:
+def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int, stem: str = STEM) -> list[Shard]:
     """Cut a list of tensors, in order, into files of at most `shard_bytes` (a larger tensor has a file of its own).
 
     Inside a file tensors of wider dtypes come first, so that every one of them is aligned.
@@ -147,7 +148,8 @@ def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int) -> list[Shard]:
         groups[-1].append(tensor)
         room -= tensor.bytes
     count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    numbers = [f"-{i:05}-of-{count:05}" for i in range(1, count + 1)] if count > 1 else [""]
+    names = [f"{stem}{number}.safetensors" for number in numbers]
     return [
         Shard(name, tuple(sorted(group, key=lambda x: -DTYPES[x.dtype].itemsize)))
         for name, group in zip(names, groups, strict=True)
@@ -161,6 +163,7 @@ def write_checkpoint(
     side_files: Iterable[tuple[Path, Path]] = (),
     *,
     job: dict,
+    stem: str = STEM,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -174,6 +177,7 @@ def write_checkpoint(
         config: becomes config.json.
         side_files: (file, its name relative to `out`) of tokenizer, templates, licence ...: copied as they are.
         job: JSON data that names what is written (hashes of source and plan): equal jobs continue each other's work.
+        stem: what the files' names start with; under another than "model" stock transformers finds no weights.
         shard_bytes: largest size of a file's tensors together.
         overwrite: replace `out` if it holds a model; drop what another job left unfinished.
         progress: told of "bytes".
@@ -189,7 +193,7 @@ def write_checkpoint(
     if shard_bytes < 1:
         raise OutputError("impossible shard size", expected="at least 1 byte", got=shard_bytes)
     _check_consistent(tensors)
-    shards = plan_shards(tensors, shard_bytes)
+    shards = plan_shards(tensors, shard_bytes, stem)
     sides = [(Path(source), Path(relative)) for source, relative in side_files]
     check_side_files(sides, {shard.name for shard in shards} | {"config.json", INDEX, JOB})
     check_inputs(out, partial, {x.source.file for x in tensors if isinstance(x.source, Copy)} | {x for x, _ in sides})
@@ -373,7 +377,7 @@ def _write_small_files(folder: Path, shards: list[Shard], config: dict, sides: l
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / relative)
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
-    if len(shards) > 1:
+    if len(shards) > 1 and shards[0].name.startswith(STEM):
         weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
         size = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}

@@ -45,7 +45,8 @@ def check_numbers(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[s
                 got=f"{info.dtype} {list(info.shape)}" + (" without scales" if bare else ""),
                 fix="use the unquantised checkpoint and quantise the result",
             )
-        if placement.converter is None and not placement.suffix and tuple(info.shape) != tuple(target.shape):
+        whole = placement.converter is None and placement.expert is None and not placement.suffix
+        if whole and tuple(info.shape) != tuple(target.shape):
             raise CheckpointError(
                 "a tensor has not the shape that config.json asks for",
                 where=f"{checkpoint.path}: {placement.name}",
@@ -55,12 +56,23 @@ def check_numbers(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[s
             )
 
 
-def check_experts(checkpoint: Checkpoint, placements: list[Placement], count: int) -> None:
-    """CheckpointError when not every one of a layer's `count` experts has every tensor, or when there are more."""
+def check_experts(checkpoint: Checkpoint, placements: list[Placement], count: int, of_own_width: bool = False) -> None:
+    """Refuse a layer of which not every one of `count` experts has every tensor, or which has more.
+
+    Args:
+        checkpoint: for the message.
+        placements: of the layer's tensors.
+        count: number of experts.
+        of_own_width: experts may be packed or not, one by one.
+
+    Raises:
+        CheckpointError: see above.
+    """
     found = defaultdict(set)
     for placement in placements:
         if placement.expert is not None:
-            found[placement.key, placement.pattern, placement.suffix].add(placement.expert)
+            suffix = "" if of_own_width else placement.suffix
+            found[placement.key, placement.pattern, suffix].add(placement.expert)
     for (key, pattern, suffix), experts in found.items():
         if experts != set(range(count)):
             absent, extra = sorted(set(range(count)) - experts), sorted(experts - set(range(count)))

@@ -17,9 +17,10 @@ from moekit.errors import ModelError
 from moekit.families.checks import check_complete, check_experts, check_numbers
 from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
+from moekit.families.packings import OWN, PACKED, Packing, packing_of
 from moekit.families.parts import active_params, count_parts, mtp_layers
 from moekit.families.probe import Probed, probe_router
-from moekit.families.stock import PACKED, ExpertsAt, build, find_experts, load_config, quantisation
+from moekit.families.stock import ExpertsAt, build, find_experts, load_config, quantisation
 from moekit.layout import ExpertTensor, Layout, MoELayer
 
 EXPERT_COUNT = re.compile(
@@ -78,12 +79,13 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
     layers = _layers(checkpoint, config, model, family, experts, placed, axes)
     stack = model.get_submodule(experts[0].layers_path)
     layers += mtp_layers(checkpoint, layers, unused, len(stack))
-    bits = PACKED.get(method or "", 0)
-    parts = count_parts(checkpoint, placed, unused, layers, experts[0].layers_path, len(stack), bits)
+    packing = packing_of(config)
+    bits = packing.bits if packing else 0
+    parts = count_parts(checkpoint, placed, unused, layers, experts[0].layers_path, len(stack), names.shapes, bits)
     text = config.get_text_config()
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
-        if not bits or DTYPES[info.dtype].is_floating_point:
+        if not packing or DTYPES[info.dtype].is_floating_point:
             sizes[info.dtype] += info.bytes
     layout = Layout(
         family=config.model_type,
@@ -252,7 +254,7 @@ def _layers(
         tables = tuple(f"{where}.{x}" for x in described.tables)
         mine = [x for x in in_layer[at.layer] if x.key.startswith(block)]
         mine = [x for x in mine if len(x.keys) == 1 or x.expert is None or x.expert < count]  # the rest are another set
-        check_experts(checkpoint, mine, count)
+        check_experts(checkpoint, mine, count, of_own_width=packing_of(config) == Packing(OWN))
         tensors = [ExpertTensor(x.name, "table") for x in (placed.values() if tables else ()) if x.key in tables]
         expert_bytes = 0
         for placement in sorted(mine, key=lambda x: (x.key, x.expert or 0, x.name)):
@@ -335,5 +337,5 @@ def _probe(
 
 def dtype_of(layout: Layout) -> torch.dtype:
     """The dtype in which the model runs: its own (of what is not packed), or bfloat16 for fp8 and mxfp4."""
-    packed = layout.quantisation in PACKED
+    packed = layout.quantisation in (OWN, *PACKED)
     return torch.bfloat16 if layout.quantisation and not packed else getattr(torch, layout.dtype)

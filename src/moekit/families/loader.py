@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from moekit.checkpoint.packing import dequantise_packed
 from moekit.checkpoint.reader import DTYPES, Checkpoint
-from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4, dequantise_packed
+from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.detect import Understanding, dtype_of
 from moekit.families.family import ExpertForm
-from moekit.families.names import COMPANIONS, SCALES, Placement, convert
+from moekit.families.names import COMPANIONS, PACKED_SUFFIX, SCALES, Placement, convert
+from moekit.families.packings import packing_of
 from moekit.families.seam import IMPLEMENTATION
-from moekit.families.stock import PACKED, build
+from moekit.families.stock import build
 
 OUTER = -1  # the index of everything that is not in a decoder layer
 
@@ -51,7 +53,7 @@ class Loader:
         trust_remote_code: bool = False,
     ):
         understanding.family.check_runs()
-        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.checkpoint, self.understanding, self.device = checkpoint, understanding, torch.device(device)
         self.dtype = dtype or dtype_of(understanding.layout)
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
             raise ModelError(
@@ -70,7 +72,7 @@ class Loader:
         self.layers = self.model.get_submodule(self.layers_path)
         self._family = understanding.family
         self._block = _fp8_block(checkpoint.config)
-        self._bits = PACKED.get(understanding.layout.quantisation or "", 0)
+        self._packing = packing_of(understanding.config)
         self._plan = [
             (re.compile(pattern.replace("*", ".*")), dtype)
             for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()
@@ -142,21 +144,27 @@ class Loader:
         scale = self.checkpoint.read(scales[placement.weight])
         if placement.suffix == "_blocks":
             return dequantise_mxfp4(tensor, scale, self.dtype)
-        if placement.suffix == ".weight_packed":
-            return dequantise_packed(tensor, scale, self._shape(placement), self._bits, self.dtype, placement.name)
+        if placement.suffix == PACKED_SUFFIX and self._packing:
+            said = self._said(placement)
+            grid = self._packing.grid((placement.weight, placement.key), said)
+            return dequantise_packed(tensor, scale, said[:2], grid, placement.name).to(self.dtype)
         return dequantise_fp8(tensor, scale, self._block, self.dtype, placement.name)
+
+    def _said(self, placement: Placement) -> tuple[int, ...]:
+        """What lies beside a packed weight: its rows, its columns and, in the own form, its bits."""
+        return tuple(self.checkpoint.read(placement.weight + "_shape").tolist())
 
     def _shape(self, placement: Placement) -> tuple[int, ...]:
         """The shape of a weight, packed or not."""
-        if placement.suffix != ".weight_packed":
-            return self.checkpoint.info(placement.name).shape
-        return tuple(self.checkpoint.read(placement.weight + "_shape").tolist())
+        packed = placement.suffix == PACKED_SUFFIX
+        return self._said(placement)[:2] if packed else self.checkpoint.info(placement.name).shape
 
     def _stack(self, key: str, group: list[Placement], scales: dict[str, str], target: torch.Tensor) -> torch.Tensor:
         """A fused parameter made of one tensor (or two, laid one under the other) an expert."""
         dtype = self._dtype(key, target)
         out = self._take(target.shape, dtype)
-        sources = group[0].sources
+        sources = group[0].sources or [""]
+        turned = group[0].converter is None and self._transposed(key)  # packed by moekit: rows are outputs
         widths = {x.pattern: self.checkpoint.info(x.name).shape[0] for x in group}
         if len(group) != target.shape[0] * len(sources) or (
             len(sources) > 1 and sum(widths.values()) != target.shape[1]
@@ -176,6 +184,7 @@ class Loader:
             part = out[placement.expert]
             if len(sources) > 1:
                 part = part[starts[placement.pattern] : starts[placement.pattern] + widths[placement.pattern]]
+            part = part.T if turned else part
             if part.shape != (shape := self._shape(placement)):
                 raise _shape_error(placement.name, part.shape, shape)
             if dtype == DTYPES[info.dtype] and part.is_contiguous():
@@ -183,6 +192,9 @@ class Loader:
             else:
                 part.copy_(self._numbers(placement, scales))
         return out
+
+    def _transposed(self, key: str) -> bool:
+        return self.expert_form(key.rpartition(".")[0]).transposed
 
     def _fit(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         target = self._meta.get(key)

@@ -18,8 +18,9 @@ from moekit.checkpoint.hub import download, is_hub_id, remote_checkpoint
 from moekit.checkpoint.reader import Checkpoint
 from moekit.errors import ModelError, RecipeError
 from moekit.families.detect import Understanding, dtype_of, understand
-from moekit.families.loader import Loader
-from moekit.families.stock import PACKED, model_class
+from moekit.families.loader import OUTER, Loader
+from moekit.families.packings import OWN, PACKED
+from moekit.families.stock import model_class
 from moekit.layout import Layout
 from moekit.markup import html_table
 
@@ -98,10 +99,14 @@ class Model:
     def load(self, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
         """The whole model in memory, loaded by stock transformers, in eval mode.
 
+        What is in moekit's own packed form, moekit loads into the stock model.
+
         Raises:
             ModelError: it is quantised in a way that stock transformers cannot run here.
         """
         check_device(device)
+        if self.layout.quantisation == OWN:
+            return self._unpacked(dtype, device)
         cls = model_class(self.understanding.config, self.trust_remote_code) or AutoModelForCausalLM
         packed = self.layout.quantisation in PACKED
         quiet = redirect_stderr(StringIO()) if packed else nullcontext()  # compressed-tensors draws bars of its own
@@ -110,6 +115,8 @@ class Model:
                 model = cls.from_pretrained(
                     self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code
                 )
+                if packed:  # which it would do at the first forward
+                    model.hf_quantizer.compressor.decompress_model(model)
         except (ValueError, ImportError, RuntimeError) as error:
             raise ModelError(
                 "stock transformers cannot load this model here", where=self.path, got=str(error)[:500]
@@ -118,6 +125,12 @@ class Model:
             for at in self.understanding.experts:
                 model.get_submodule(at.path).to(dtype or self.dtype)
         return model.to(device).eval()
+
+    def _unpacked(self, dtype: torch.dtype | None, device: str) -> nn.Module:
+        loader = self.loader(dtype, device)
+        for index in (OUTER, *range(len(loader.layers))):
+            loader.attach(index, loader.read(index))
+        return loader.model
 
     def __repr__(self) -> str:
         layout = self.layout

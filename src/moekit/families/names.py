@@ -29,7 +29,9 @@ from transformers.core_model_loading import (
 # that lie beside it, all.
 SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight": ".weight", ".weight_scale": ".weight"}
 COMPANIONS = SCALES | {".weight_shape": ".weight"}
-QUANTISED = COMPANIONS | {"_blocks": "", ".weight_packed": ".weight"}
+PACKED_SUFFIX = ".weight_packed"
+QUANTISED = COMPANIONS | {"_blocks": "", PACKED_SUFFIX: ".weight"}
+NUMBERED = re.compile(r"\.(\d+)\.weight$")  # end of what moekit calls one expert of a tensor that held them all
 
 
 def quantised_suffix(name: str) -> str:
@@ -44,7 +46,8 @@ class Placement:
     Attributes:
         name: on disk.
         key: the parameter of the stock model (the first one, where a converter splits a tensor into several).
-        expert: the expert that it holds, for checkpoints with one tensor per expert.
+        expert: the expert that it holds, for checkpoints with one tensor per expert, and for packed experts of a
+            family whose checkpoints have all in one.
         converter: the transformers converter that makes the parameter, or None when it is only renamed.
         pattern: the converter's source pattern that matched.
         suffix: the key of `QUANTISED` that the name ends in, for the tensors of a quantised weight, else "".
@@ -78,10 +81,14 @@ class Placement:
         """The parameter is made by stacking experts (and possibly laying gate and up side by side), nothing else."""
         operations = self.converter.operations if self.converter else []
         kinds = [type(op) for op in operations]
-        return kinds == [MergeModulelist] or (
-            kinds == [MergeModulelist, Concatenate]
-            and operations[1].dim == 1
-            and operations[1].num_shards_attribute is None
+        return (
+            (self.converter is None and self.expert is not None)
+            or kinds == [MergeModulelist]
+            or (
+                kinds == [MergeModulelist, Concatenate]
+                and operations[1].dim == 1
+                and operations[1].num_shards_attribute is None
+            )
         )
 
 
@@ -116,8 +123,12 @@ class NameMap:
     def _find(self, name: str) -> Placement | None:
         found = self._place(name, name, "")
         suffix = quantised_suffix(name)
+        base = name.removesuffix(suffix) + QUANTISED[suffix] if suffix else name
         if found is None and suffix:
-            found = self._place(name, name.removesuffix(suffix) + QUANTISED[suffix], suffix)
+            found = self._place(name, base, suffix)
+        if found is None and (match := NUMBERED.search(base)):
+            whole = self._place(name, base[: match.start()], suffix)
+            found = replace(whole, expert=int(match.group(1))) if whole and not whole.converter else None
         return found
 
     def _place(self, name: str, base: str, suffix: str) -> Placement | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
-from moekit.families.names import COMPANIONS, Placement, natural_key, quantised_suffix
+from moekit.families.names import COMPANIONS, PACKED_SUFFIX, Placement, natural_key, quantised_suffix
 from moekit.layout import ExpertTensor, MoELayer, Part
 
 
@@ -49,14 +50,28 @@ def mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]
     return out
 
 
-def _params(info: TensorInfo, placement: Placement | None, bits: int) -> int:
+def _params(info: TensorInfo, bits: int) -> int:
     """Parameters that a tensor holds; scales and shapes of quantised weights are none."""
-    suffix = placement.suffix if placement else quantised_suffix(info.name)
+    suffix = quantised_suffix(info.name)
     if suffix == "_blocks":
         return 2 * info.bytes  # two 4-bit values a byte
-    if suffix == ".weight_packed" and bits:
+    if suffix == PACKED_SUFFIX and bits:
         return 8 * info.bytes // bits
     return 0 if suffix in COMPANIONS else prod(info.shape)
+
+
+def _packed_params(placed: dict[str, Placement], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Parameters of packed weights by name: all of a model's parameter with the first of its tensors, none with others.
+
+    How many there are is not to be seen from words of unknown bits.
+    """
+    packed = {x.key for x in placed.values() if x.suffix == PACKED_SUFFIX}
+    out, seen = {}, set()
+    for placement in placed.values():
+        if placement.key in packed:
+            out[placement.name] = 0 if placement.key in seen else prod(shapes[placement.key])
+            seen.add(placement.key)
+    return out
 
 
 def count_parts(
@@ -66,6 +81,7 @@ def count_parts(
     layers: list[MoELayer],
     layers_path: str,
     num_layers: int,
+    shapes: Mapping[str, tuple[int, ...]],
     bits: int = 0,
 ) -> dict[str, Part]:
     """Bytes and parameters by part.
@@ -77,7 +93,8 @@ def count_parts(
         layers: the MoE layers, multi-token-prediction ones included.
         layers_path: module path of the list of decoder layers.
         num_layers: its length.
-        bits: of packed integers, where weights are such.
+        shapes: of the model's parameters, by key.
+        bits: of packed weights that the stock model does not use; 0 where that is not known.
     """
     roles = {
         x.name: "experts" if x.role == "expert" else "routers"
@@ -90,14 +107,15 @@ def count_parts(
         ("experts", "shared experts", "routers", "attention", "dense MLP", "embeddings", "other", "mtp"), Part()
     )
     unused_names = set(unused)
+    packed = _packed_params(placed, shapes)
     for name, info in checkpoint.tensors.items():
         if name in unused_names:
             part = "mtp" if _is_mtp(name, extra, num_layers) else "other"
         elif name in roles:
             part = roles[name]
         else:
-            part = _part_of(placed[name].key, layers_path)
-        parts[part] += Part(info.bytes, _params(info, placed.get(name), bits))
+            part = part_of(placed[name].key, layers_path)
+        parts[part] += Part(info.bytes, packed[name] if name in packed else _params(info, bits))
     return parts
 
 
@@ -108,7 +126,8 @@ def _is_mtp(name: str, prefixes: set[str], num_layers: int) -> bool:
     return beyond or "mtp" in name or name.startswith(tuple(prefixes))
 
 
-def _part_of(key: str, layers_path: str) -> str:
+def part_of(key: str, layers_path: str) -> str:
+    """The part that a parameter which is no expert's and no router's counts to."""
     if not key.startswith(layers_path + "."):
         return "embeddings" if re.search(r"embed|lm_head|wte", key) else "other"
     local = key.removeprefix(layers_path + ".")

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moekit.errors import ModelError, did_you_mean
+from moekit.families.packings import packing_of, quantisation_settings
 
 QUANTISATIONS = ("fp8", "mxfp4")  # read, sliced and dequantised layer by layer; anything else is refused by name
-PACKED = {"int4": 4, "int8": 8}  # ... and whole numbers of so many bits, packed as by compressed-tensors
 
 
 def load_config(folder: Path, raw: dict, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -59,43 +59,21 @@ def load_config(folder: Path, raw: dict, trust_remote_code: bool = False) -> Pre
 
 
 def quantisation(config: PretrainedConfig) -> str | None:
-    """ "fp8", "mxfp4", a key of `PACKED` or None; ModelError for any other quantisation."""
-    settings = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
+    """ "fp8", "mxfp4", the name of a `Packing` or None; ModelError for any other quantisation."""
+    settings = quantisation_settings(config)
     if not settings:
         return None
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if packing := packing_of(config):
+        return packing.name
     method = str(settings.get("quant_method", "unknown")).rsplit(".", 1)[-1].lower()
-    if method == "compressed-tensors":
-        return _packed(settings)
     if method not in QUANTISATIONS:
         raise ModelError(
             f"checkpoints quantised by {method!r} are not supported",
-            expected="bf16, fp16, fp32, fp8 with block scales, or mxfp4",
+            expected="bf16, fp16, fp32, fp8 with block scales, mxfp4, or packed integers",
             got=f"quantization_config.quant_method = {method}",
             fix="use the unquantised checkpoint and quantise the result",
         )
     return method
-
-
-def _packed(settings: dict) -> str:
-    """The key of `PACKED` for a compressed-tensors config; ModelError for a form of it that we do not read."""
-    groups = [x for x in (settings.get("config_groups") or {}).values() if isinstance(x, dict)]
-    weights = (groups[0].get("weights") if groups else None) or {}
-    name = f"int{weights.get('num_bits')}"
-    form = {settings.get("format"), *(x.get("format") or settings.get("format") for x in groups)}
-    plain = weights.get("type", "int") == "int" and weights.get("symmetric") and not weights.get("actorder")
-    plain = plain and weights.get("strategy") in ("group", "channel") and not groups[0].get("input_activations")
-    if len(groups) == 1 and form == {"pack-quantized"} and plain and name in PACKED:
-        return name
-    raise ModelError(
-        "this form of compressed-tensors is not supported",
-        where="quantization_config",
-        expected="pack-quantized: one config group of symmetric int4 or int8 weights by group or channel",
-        got=f"format {settings.get('format')}, {len(groups)} config groups, the first with weights {weights}"[:400],
-        fix="use the unquantised checkpoint and quantise the result",
-    )
 
 
 def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel] | None:

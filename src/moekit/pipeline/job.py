@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from moekit import __version__, methods
-from moekit.apply.quantize import expert_weights
 from moekit.checkpoint.place import check_space
 from moekit.data import Dataset, load_tokenizer
 from moekit.errors import OutputError
+from moekit.families.matrices import expert_matrices
 from moekit.families.model import Model
 from moekit.layout import Layout
 from moekit.pipeline.outlook import check_steps, expected_layouts
@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     expected_layouts(model.layout, steps)
     if any(methods.get(step.method).kind == "quantize" for step in steps):
         for layer in model.layout.routed:
-            expert_weights(model.checkpoint, layer)
+            expert_matrices(model.checkpoint, model.understanding, layer)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     settings = recipe.calibration
     calibration = Dataset.build(

@@ -6,13 +6,14 @@ that it was made for and is checked against it before anything is loaded.
 
 from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
 from moekit.plans.counts import drop_lowest, keep_count
-from moekit.plans.ops import OUTER, AnyOp, Drop, Group, Merge, Op, Quantize, Values
+from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Op, Quantize, QuantizeDense, Values
 from moekit.plans.plan import ITEMSIZE, Plan
 from moekit.plans.tensors import PlanTensors
 
 __all__ = [
     "ITEMSIZE",
     "OUTER",
+    "UNQUANTISED",
     "AnyOp",
     "Drop",
     "Group",
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "PlanTensors",
     "Quantize",
+    "QuantizeDense",
     "Values",
     "check_droppable",
     "check_feasible",

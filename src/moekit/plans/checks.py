@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
-from moekit.plans.ops import Drop, Merge, Op, Quantize, Values
+from moekit.plans.ops import OUTER, UNQUANTISED, Drop, Merge, Op, Quantize, QuantizeDense, Values
+
+STOCK_WIDTHS = (2, 3, 4, 5, 6, 7, 8)  # bits that stock transformers reads; with one there is no level above zero
 
 
 def check_merge(merge: Merge, ops: Sequence[Op]) -> None:
@@ -32,30 +34,81 @@ def check_merge(merge: Merge, ops: Sequence[Op]) -> None:
         raise PlanError("an expert cannot be dropped and merged", where=where, got=sorted(dropped & set(members)))
 
 
-def check_quantised(quantised: Mapping[int, Quantize], ops: Sequence[Op], layout: Layout) -> None:
-    """Refuse what cannot be quantised.
+def check_quantised(ops: Sequence[Op], layout: Layout, tensors: str) -> None:
+    """Refuse what cannot be quantised, or not in the form that is asked for.
 
     Raises:
         PlanError: a layer twice or unknown, a model that is quantised already, a group size that does not divide the
-            experts' widths.
+            experts' widths, bits that the form has not, two forms, numbers that the plan should carry and does not.
     """
-    if sum(isinstance(op, Quantize) for op in ops) != len(quantised):
-        raise PlanError("a layer can be quantised once", got=sorted(op.layer for op in ops if isinstance(op, Quantize)))
+    experts = [op for op in ops if isinstance(op, Quantize)]
+    dense = [op for op in ops if isinstance(op, QuantizeDense)]
+    for layers in ([op.layer for op in experts], [op.layer for op in dense]):
+        if len(set(layers)) < len(layers):
+            raise PlanError("a layer can be quantised once", got=sorted(layers))
     if layout.quantisation:
         raise PlanError(
             "this model is quantised already", got=layout.quantisation, fix="start from the unquantised checkpoint"
         )
-    for index, op in quantised.items():
-        layer = layout.by_index.get(index)
-        if layer is None or layer.mtp:
-            raise PlanError(f"layer {index} cannot be quantised", expected=f"one of {[x.index for x in layout.routed]}")
-        size = op.group_size
-        if size == 0 or (size > 0 and (layer.width % size or layer.inner_size % size)):
-            raise PlanError(
-                f"layer {index}: the group size does not divide the widths of its experts",
-                expected=f"a divisor of {layer.width} and {layer.inner_size}, or -1",
-                got=size,
-            )
+    rounding: list[Quantize | QuantizeDense] = [*experts, *dense]
+    if len({op.format for op in rounding}) > 1:
+        raise PlanError("a model is written in one packed form", got=sorted({op.format for op in rounding}))
+    if any(op.scheme == "gptq" for op in rounding):
+        check_carried(tensors)
+    for op in experts:
+        _check_experts(op, layout)
+    for other in dense:
+        if not OUTER <= other.layer < layout.num_layers or other.group_size == 0:
+            raise PlanError(f"layer {other.layer} cannot be quantised so", got=other.model_dump())
+    if layout.tied_embeddings and any("head" in op.bits for op in dense):
+        raise PlanError(
+            "the output head is the input embedding: there is one tensor for both", fix="give bits to the embeddings"
+        )
+    if rounding and rounding[0].format == "compressed-tensors":
+        _check_stock(experts, dense, layout)
+
+
+def _check_experts(op: Quantize, layout: Layout) -> None:
+    layer = layout.by_index.get(op.layer)
+    if layer is None or layer.mtp:
+        raise PlanError(f"layer {op.layer} cannot be quantised", expected=f"one of {[x.index for x in layout.routed]}")
+    size = op.group_size
+    if size == 0 or (size > 0 and (layer.width % size or layer.inner_size % size)):
+        raise PlanError(
+            f"layer {op.layer}: the group size does not divide the widths of its experts",
+            expected=f"a divisor of {layer.width} and {layer.inner_size}, or -1",
+            got=size,
+        )
+    if not isinstance(op.bits, int) and len(op.bits) != layer.num_experts:
+        raise PlanError(
+            f"layer {op.layer}: bits are not given for each of its experts",
+            expected=f"{layer.num_experts} numbers, or one for all",
+            got=len(op.bits),
+        )
+
+
+def _check_stock(experts: Sequence[Quantize], dense: Sequence[QuantizeDense], layout: Layout) -> None:
+    """What stock transformers reads of compressed-tensors: one width for all experts, 2 to 8 bits, no embeddings."""
+    widths = {b for op in experts for b in op.widths(range(layout.by_index[op.layer].num_experts))}
+    others = {b for op in dense for b in op.bits.values()} - {UNQUANTISED}
+    if len(widths) > 1 or not (widths | others) <= set(STOCK_WIDTHS):
+        raise PlanError(
+            "stock transformers cannot read these bits from compressed-tensors",
+            expected=f"one of {', '.join(map(str, STOCK_WIDTHS))} for all experts of the model",
+            got=f"experts with {', '.join(map(str, sorted(widths)))} bits"
+            + (f", other weights with {', '.join(map(str, sorted(others)))}" if others else ""),
+            fix="write it in moekit's own form (format: moekit), or choose one width",
+        )
+    if not experts:
+        raise PlanError(
+            "stock transformers cannot read a model of which all but the experts is packed", fix="use format: moekit"
+        )
+    packed = {part for op in dense for part, bits in op.bits.items() if bits != UNQUANTISED}
+    if "embeddings" in packed:
+        raise PlanError(
+            "stock transformers cannot read packed input embeddings",
+            fix="leave embeddings at 16 bits, or write it in moekit's own form (format: moekit)",
+        )
 
 
 def check_values(ops: Sequence[Op], tensors: str) -> None:
@@ -67,6 +120,15 @@ def check_values(ops: Sequence[Op], tensors: str) -> None:
     layers = [op.layer for op in ops if isinstance(op, Values)]
     if len(set(layers)) < len(layers):
         raise PlanError("a layer is given new values twice", got=sorted(layers))
+    check_carried(tensors)
+
+
+def check_carried(tensors: str) -> None:
+    """Refuse a plan whose numbers are not there.
+
+    Raises:
+        PlanError: no folder of tensors.
+    """
     if not tensors or not Path(tensors).is_dir():
         raise PlanError(
             "the numbers that this plan carries are not there",

@@ -13,7 +13,7 @@ from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
 from moekit.markup import html_table
 from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
-from moekit.plans.ops import AnyOp, Drop, Merge, Quantize, Values
+from moekit.plans.ops import OUTER, AnyOp, Drop, Merge, Quantize, QuantizeDense, Values, share_of
 
 VERSION = 1
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -65,7 +65,7 @@ class Plan(BaseModel):
     @property
     def kind(self) -> Literal["prune", "merge", "quantize", "heal"]:
         """What the changes are."""
-        if self.quantised():
+        if self.quantised() or self.quantised_dense():
             return "quantize"
         return "merge" if self.merges() else "heal" if self.values() and not self.dropped() else "prune"
 
@@ -76,6 +76,15 @@ class Plan(BaseModel):
     def quantised(self) -> dict[int, Quantize]:
         """How each layer that is quantised is."""
         return {op.layer: op for op in self.ops if isinstance(op, Quantize)}
+
+    def quantised_dense(self) -> dict[int, QuantizeDense]:
+        """How each layer's weights that every token uses are quantised, where they are."""
+        return {op.layer: op for op in self.ops if isinstance(op, QuantizeDense)}
+
+    @property
+    def packed_form(self) -> str | None:
+        """The form that quantised weights are written in; None where the plan quantises nothing."""
+        return next((op.format for op in self.ops if isinstance(op, Quantize | QuantizeDense)), None)
 
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
@@ -108,25 +117,21 @@ class Plan(BaseModel):
             check_merge(op, self.ops)
             if max(e for group in op.groups for e in group.members) >= layout.by_index[index].num_experts:
                 raise PlanError(f"layer {index} has not that many experts", expected=layout.by_index[index].num_experts)
-        if quantised := self.quantised():
-            check_quantised(quantised, self.ops, layout)
+        if self.packed_form:
+            check_quantised(self.ops, layout, self.tensors)
         if self.values():
             check_values(self.ops, self.tensors)
 
     def check_bakeable(self, layout: Layout) -> None:
-        """Refuse a plan that is not written at once, or whose result no stock model loads: layers that differ."""
+        """Refuse a plan whose result no stock model loads: layers with different numbers of experts or bits."""
         self.check(layout)
-        if self.quantised() and len(self.quantised()) != len(self.ops):
-            raise PlanError(
-                "quantising is written as a plan of its own",
-                fix="first bake what prunes or merges, then quantise that; both at once can be applied live",
-            )
         ways = [self.quantised().get(layer.index) for layer in layout.routed]
-        if len({x and (x.bits, x.group_size, x.scheme) for x in ways}) > 1:
+        stock = self.packed_form == "compressed-tensors"
+        if stock and len({x and (x.bits, x.group_size) for x in ways}) > 1:
             raise PlanError(
                 "layers would be quantised in different ways, which stock transformers cannot load",
                 expected="the same bits and group size in every MoE layer",
-                fix="quantise all layers alike, or apply the plan live",
+                fix="quantise all layers alike, use format: moekit, or apply the plan live",
             )
         left = {len(self.kept(layer)) for layer in layout.routed}
         if len(left) > 1:
@@ -138,12 +143,19 @@ class Plan(BaseModel):
             )
 
     def saved_bytes(self, layout: Layout) -> int:
-        """Bytes on disk that the plan saves, experts only (router rows are a rounding error)."""
+        """Bytes on disk that the plan saves, about (router rows and norms are left out)."""
         saved = sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
         itemsize = ITEMSIZE.get(layout.dtype, 2)
         for index, op in self.quantised().items():
             layer = layout.by_index[index]
-            saved += round(len(self.kept(layer)) * layer.expert_bytes * (1 - op.share(layer, itemsize)))
+            shares = [op.share(layer, itemsize, e) for e in self.kept(layer)]
+            saved += round(layer.expert_bytes * (len(shares) - sum(shares)))
+        for dense in self.quantised_dense().values():
+            for part, bits in dense.bits.items():
+                size = dense.group_size if dense.group_size > 0 else layout.hidden_size
+                outer = layout.vocab_size * layout.hidden_size * itemsize
+                inner = layout.parts[part].bytes / layout.num_layers if part in layout.parts else 0
+                saved += round((outer if dense.layer == OUTER else inner) * (1 - share_of(bits, size, itemsize)))
         return saved
 
     def diff(self, other: Plan) -> str:
@@ -157,7 +169,7 @@ class Plan(BaseModel):
         mine, its = self.quantised(), other.quantised()
         for layer in sorted(mine.keys() | its.keys()):
             if mine.get(layer) != its.get(layer):
-                here, there = (f"{x.bits} bits" if x else "unquantised" for x in (mine.get(layer), its.get(layer)))
+                here, there = (f"{_bits(x)} bits" if x else "unquantised" for x in (mine.get(layer), its.get(layer)))
                 lines.append(f"layer {layer}: here {here}, there {there}")
         return "\n".join(lines)
 
@@ -204,3 +216,7 @@ class Plan(BaseModel):
             raise PlanError("this is not a valid plan", where=f"{path}: {where}", got=first["msg"]) from None
         except ValueError as error:
             raise PlanError("this is not a plan", where=path, got=str(error)[:200]) from None
+
+
+def _bits(op: Quantize) -> str:
+    return str(op.bits) if isinstance(op.bits, int) else " ".join(map(str, op.bits))
