@@ -37,6 +37,7 @@ LENGTH = 256
 KEEPS = (0.75, 0.5, 0.25)
 MIXED = "mixed"
 SEEDS = 5
+SCORING = tuple(x for x in methods.names("prune") if not methods.get(x).most_experts)  # refmoe has 32 experts a layer
 Scores = Mapping[tuple[str, float, str], list[dict[str, float]]]  # (method, keep, calibration) -> perplexities by seed
 
 
@@ -59,7 +60,7 @@ def plans(
 ) -> Iterable[tuple[tuple[str, float, str], Plan]]:
     """Every plan with what it is: (method, keep, calibration)."""
     for keep in keeps:
-        for name in methods.names("prune"):
+        for name in SCORING:
             if name == "random":
                 for seed in range(seeds):
                     yield (name, keep, MIXED), moekit.plan(name, stats, keep=keep, seed=seed)
@@ -112,7 +113,7 @@ class Results:
 
 def table(results: Results, kind: str, keep: float) -> list[str]:
     """One row a method, one column a domain, the mean last, the best method first."""
-    rows = {name: getattr(results, kind)(name, keep) for name in methods.names("prune")}
+    rows = {name: getattr(results, kind)(name, keep) for name in SCORING}
     lines = [f"| keep {keep:.0%} | {' | '.join(results.full)} | mean |", f"|---|{'--:|' * (len(results.full) + 1)}"]
     for name, values in sorted(rows.items(), key=lambda row: mean(row[1])):
         lines.append(f"| [{name}](../methods/{name}.md) | {' | '.join(f'{x:.2f}' for x in [*values, mean(values)])} |")
@@ -185,7 +186,7 @@ def goals(results: Results) -> dict[str, tuple[float, float, str]]:
     def over(kind: str, method: str, other: str) -> float:
         return mean(getattr(results, kind)(method, 0.5)) / mean(getattr(results, kind)(other, 0.5))
 
-    scored = [x for x in methods.names("prune") if x != "random"]
+    scored = [x for x in SCORING if x != "random"]
     return {
         "easy_ep_over_frequency": (over("inside", "easy-ep", "frequency"), 1.0, "<="),
         "reap_over_frequency": (over("inside", "reap", "frequency"), 1.0, "<="),
@@ -236,7 +237,7 @@ def main() -> None:
         )
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page(results, keeps, what), encoding="utf-8")
-        for name in methods.names("prune"):
+        for name in SCORING:
             fill(DOCS / "methods" / f"{name}.md", slot(results, name, keeps))
     finish(
         "prune_methods",

@@ -41,6 +41,7 @@ FLOORS = {
     "report": 5,
     "stream": 6,
     "apply": 6,
+    "subsets": 6,  # what a layer loses with each set of experts
     "measurement": 7,
     "evaluation": 7,
     "serve": 7,

@@ -37,6 +37,7 @@ from moekit.stats import (
     position_bucket,
 )
 from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
+from moekit.subsets import SubsetErrors, count_subsets
 from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
 
@@ -50,7 +51,7 @@ class Gatherer(Observer):
     Args:
         layers: MoE layers, in order.
         domains: number of domains.
-        groups: which of `moekit.stats.GROUPS` to take.
+        groups: which of `moekit.stats.ALL_GROUPS` to take ("subsets" by `gather` only).
 
     Attributes:
         batch: (number, Batch) that runs now; to be set before each forward.
@@ -73,8 +74,9 @@ class Gatherer(Observer):
         sizes = {"P": POSITION_BUCKETS, "B": RATIO_BINS}
         for i, layer in enumerate(layers):
             sizes |= {"D": layer.width, "E": layer.num_experts, "F": layers[i - 1].num_experts if i else 0}
-            shapes = {
             sizes["R"] = layer.top_k - 1
+            sizes["S"] = count_subsets(layer)
+            shapes = {
                 name: [sizes[x] for x in axes]
                 for name, (group, axes, _) in FIELDS.items()
                 if group in self.groups or name in ALWAYS
@@ -116,10 +118,10 @@ class Gatherer(Observer):
             sums["peak"][domain, rows.expert] = torch.maximum(sums["peak"][domain, rows.expert], peak)
         if "output" in sums:
             sums["output"][domain, rows.expert] += output.sum(0, dtype=torch.float32).cpu()
-
             gates = call.weights[rows.tokens, rows.ranks][real].float()
             gates = torch.ones_like(gates) if call.layer.router.weighs_input else gates
             sums["gated_output"][domain, rows.expert] += (gates @ output.float()).cpu()
+
     def finished(self, call: Call, output: torch.Tensor) -> None:
         """Add the call to the sums."""
         number, batch = self.batch
@@ -150,9 +152,9 @@ class Gatherer(Observer):
         if "routing" in self.groups and call.logits is not None:
             logits = call.logits[keep].float()
             self._routing(layer, number, batch, sums, logits, ids)
-            if bool(logits.amin() <= (lowest := torch.finfo(call.logits.dtype).min)):  # a plan that runs live
             if "weight_ratio" in sums:
                 sums["weight_ratio"] += _ratios(weights.masked_fill(ids == layer.num_experts, 0.0)).cpu()
+            if bool(logits.amin() <= (lowest := torch.finfo(call.logits.dtype).min)):  # a plan that runs live
                 logits = logits.masked_fill(logits <= lowest, 0.0)
             sums["logit"] += logits.sum(0).double().cpu()
             sums["logit_gram"] += (logits.T @ logits).double().cpu()
@@ -273,7 +275,6 @@ def _shift(residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return (1 - torch.cat(cosines)).clamp_min(0)
 
 
-def _one_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
 def _ratios(weights_TK: torch.Tensor) -> torch.Tensor:
     """Tokens [K - 1, bins] by the ratio of each further weight, largest first, to the largest; empty slots nowhere."""
     ordered_TK = weights_TK.double().sort(-1, descending=True).values
@@ -283,6 +284,7 @@ def _ratios(weights_TK: torch.Tensor) -> torch.Tensor:
     return out.scatter_add_(1, bins_TR.T, (ordered_TK[:, 1:] > 0).double().T)
 
 
+def _one_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Which experts each token chose [T, E]; id E (a slot that no expert fills) counts for none."""
     chosen = torch.zeros(len(ids_TK), num_experts + 1, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
     return chosen[:, :num_experts]
@@ -314,7 +316,7 @@ def measure(
     Args:
         model: from `moekit.open`.
         data: from `moekit.data`.
-        groups: which quantities ("scores", "outputs", "routing", "vocabulary").
+        groups: which quantities, of `moekit.stats.ALL_GROUPS`; as a rule all but "subsets".
         dtype: to run in; None for the model's own.
         device: "cpu" or "cuda".
         workdir: where an interrupted pass leaves what it needs to go on; None for nowhere.
@@ -389,7 +391,13 @@ def gather(
             yield
             return
         gatherer.batch = (number, batches[number])
-        with gatherer.compared(view, [index] if number == 0 else []), view.watch(gatherer, layers=[index]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(gatherer.compared(view, [index] if number == 0 else []))
+            stack.enter_context(view.watch(gatherer, layers=[index]))
+            if (errors := gatherer.sums[index].get("subset_error")) is not None:
+                batch = batches[number]
+                tried = SubsetErrors(view, layout.by_index[index], batch, errors[batch.domain])
+                stack.enter_context(tried.watching())
             yield
 
     yield from stream.run(

@@ -3,9 +3,10 @@
 Every quantity is a sum (or, for peaks, a maximum) over real tokens, kept by MoE layer and domain, so that
 `stats(A) + stats(B) == stats(A and B)`. Methods read them by name; nothing here knows how they were taken.
 
-Symbols: N domains, E experts, D hidden size, P position buckets, R ranks behind the first, B ratio bins, g_j(t)
-the weight that the model itself gives expert j on token t, f_j its unweighted output, T_j the tokens routed to j, h the
-residual stream before the block, y the routed sum.
+Symbols: N domains, E experts, D hidden size, P position buckets, R ranks behind the first, B ratio bins, S sets of
+experts (where E <= 8), g_j(t) the weight that the model itself gives expert j on token t, f_j its unweighted output,
+T_j the tokens routed to j, h the residual stream before the block, y the routed sum, y_S the same when the router
+chooses from S only.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "entropy": ("routing", "P", "sum of the router's entropy, nats, by position bucket"),
     "margin": ("routing", "P", "sum of the lowest chosen score less the highest other one, by position bucket"),
     "weight_ratio": ("routing", "RB", "tokens by their r-th largest weight over the largest, r from 2 to k (ODP)"),
+    "subset_error": ("subsets", "S", "sum over one token in 8 of |y - y_S|^2, S a bit mask; at 0 of |y|^2 (NAEE)"),
 }
 MAXIMA = frozenset({"peak"})
 PER_SEQUENCE = ("sequence_share", "sequence_share_sq", "sequence_mass", "sequence_mass_sq")  # rows of one forward each
 ALWAYS = frozenset({"count", "gate_mass", *PER_SEQUENCE})  # taken whatever the groups
 OF_THE_ROUTER = frozenset({"logit", "logit_gram"})  # linear in the router's rows
 # With other experts they would have to be measured.
-NOT_CARRIED = frozenset({"entropy", "margin", "weight_ratio"})
+NOT_CARRIED = frozenset({"entropy", "margin", "weight_ratio", "subset_error"})
 GROUPS = ("scores", "outputs", "routing", "vocabulary")
+ALL_GROUPS = (*GROUPS, "subsets")  # what few methods ask for and costs much is not taken unasked
 WORDS = ("vocabulary", "following")  # sparse counts by token id
 
 Origins = Sequence[Mapping[int, float]]  # for each new expert: old experts, with their shares in its router row

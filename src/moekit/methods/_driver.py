@@ -62,6 +62,7 @@ def make_plan(
         raise PlanError(
             "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
         )
+    check_layout(method, layout, spread)
     if method.kind == "quantize":
         plan = quantize.make_plan(method, stats, layout, domain=domain, settings=settings)
     else:
@@ -84,6 +85,30 @@ def check_options(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[s
     for what, value in rows.items():
         _one_of(what, value, ROUTER_ROWS)
     return method, rows, method.settings(own)
+
+
+def check_layout(method: Method, layout: Layout, spread: str = "uniform") -> None:
+    """Refuse a model, or a spread, that the method cannot work with.
+
+    Raises:
+        PlanError: a layer has more experts than the method can try all sets of.
+        RecipeError: it compares sets of one layer, and is to compare layers.
+    """
+    if not method.most_experts:
+        return
+    large = [x for x in layout.routed if x.num_experts > method.most_experts]
+    if large:
+        raise PlanError(
+            f"{method.name!r} tries every set of a layer's experts: 2^{large[0].num_experts} of them here",
+            where=f"layer {large[0].index}" + (f" and {len(large) - 1} more" if len(large) > 1 else ""),
+            expected=f"at most {method.most_experts} experts a layer, as in Mixtral",
+            got=large[0].num_experts,
+            fix="use a method that scores experts (easy-ep, reap), or cut the model down to that with one first",
+        )
+    if spread == "global":
+        raise RecipeError(
+            f"{method.name!r} compares the sets of one layer, not layers", where="spread", fix="use spread: uniform"
+        )
 
 
 def check_keep(method: Method, keep: float | int | None) -> float | int:

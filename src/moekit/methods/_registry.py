@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from moekit.errors import RecipeError, did_you_mean
-from moekit.stats import FIELDS, GROUPS
+from moekit.stats import ALL_GROUPS, FIELDS
 
 METHODS = {
     "random": "moekit.methods.prune.random:scores",
@@ -23,6 +23,7 @@ METHODS = {
     "man": "moekit.methods.prune.man:scores",
     "reap": "moekit.methods.prune.reap:scores",
     "easy-ep": "moekit.methods.prune.easy_ep:scores",
+    "naee": "moekit.methods.prune.naee:kept",
     "m-smoe": "moekit.methods.merge.m_smoe:groups",
     "hc-smoe": "moekit.methods.merge.hc_smoe:groups",
     "rtn-int8": "moekit.methods.quantize.rtn:int8",
@@ -42,6 +43,7 @@ class Method:
         paper: title and arXiv id; empty for baselines without one.
         options: its settings with their defaults, from the function's keyword-only arguments.
         function: what it computes; the arguments are those of its kind.
+        most_experts: the largest layer that it can take; such a pruning method chooses sets, others score. 0: any.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     paper: str
     options: Mapping[str, Any]
     function: Callable[..., Any]
+    most_experts: int = 0
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.function(*args, **options)
@@ -58,7 +61,7 @@ class Method:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of statistics to measure for it; "scores" always, for super experts and what the notes report."""
-        return tuple(x for x in GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
+        return tuple(x for x in ALL_GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All its options: those given, checked, over the defaults.
@@ -82,13 +85,13 @@ class Method:
 
 
 def method(
-    name: str, *, kind: str, needs: tuple[str, ...] = (), summary: str, paper: str = ""
+    name: str, *, kind: str, needs: tuple[str, ...] = (), summary: str, paper: str = "", most_experts: int = 0
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare the decorated function to be a method; see `Method` for the arguments."""
 
     def declare(function: Callable[..., Any]) -> Method:
         keywords = [x for x in inspect.signature(function).parameters.values() if x.kind is x.KEYWORD_ONLY]
-        return Method(name, kind, needs, summary, paper, {x.name: x.default for x in keywords}, function)
+        return Method(name, kind, needs, summary, paper, {x.name: x.default for x in keywords}, function, most_experts)
 
     return declare
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from moekit.layout import MoELayer
 
 Domain = str | Iterable[str] | None  # the domains whose statistics count; None: all that were measured
+
+
+class Choice(NamedTuple):
+    """What a pruning method answers that chooses a set of experts instead of scoring each.
+
+    Attributes:
+        kept: the experts that stay, ascending.
+        lost: share (0 to 1, or more) of the layer's output that goes with the others, as a norm.
+    """
+
+    kept: tuple[int, ...]
+    lost: float
 
 
 def per_token(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -71,6 +71,7 @@ def expected_layouts(layout: Layout, steps: Sequence[Step]) -> list[Layout]:
 
     Raises:
         PlanError: fewer experts than a router needs, or a model that cannot be changed so.
+        RecipeError: a spread that the method does not know.
     """
     layouts = []
     for number, step in enumerate(steps, 1):
@@ -84,6 +85,7 @@ def _supposed(layout: Layout, step: Step) -> Plan:
     """A plan as large as the one that the step will make."""
     method = methods.get(step.method)
     plan = Plan(layout_hash=layout.hash)
+    methods.check_layout(method, layout, step.spread)
     if method.kind == "quantize":
         plan.ops = [*ways(method, layout, method.settings(step.options))]
         plan.check(layout)

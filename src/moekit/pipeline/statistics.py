@@ -15,7 +15,7 @@ from moekit.measurement import measure
 from moekit.pipeline.job import Job
 from moekit.plans import Plan
 from moekit.progress import Progress
-from moekit.stats import GROUPS, Stats
+from moekit.stats import ALL_GROUPS, Stats
 
 
 def statistics_of(
@@ -55,7 +55,7 @@ def statistics_of(
     stats = measure(
         model,
         job.calibration,
-        groups=[x for x in GROUPS if x in needed],
+        groups=[x for x in ALL_GROUPS if x in needed],
         dtype=job.dtype,
         device=device,
         workdir=work,

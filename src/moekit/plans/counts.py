@@ -1,4 +1,4 @@
-"""How many experts a layer keeps, and which, when each has a score."""
+"""How many experts a layer keeps, and which, when each has a score; which sets of experts a router can work with."""
 
 from __future__ import annotations
 
@@ -62,3 +62,20 @@ def drop_lowest(
         ranked = sorted(members, key=lambda e: (e not in protected, -scores[e], e))
         gone += ranked[keep // groups :]
     return Drop(layer=layer.index, experts=tuple(sorted(gone))) if gone else None
+
+
+def subset_members(subset: int, layer: MoELayer) -> tuple[int, ...]:
+    """The experts of a set written as a bit mask (bit e is expert e), ascending."""
+    return tuple(e for e in range(layer.num_experts) if subset >> e & 1)
+
+
+def workable_subsets(layer: MoELayer) -> list[int]:
+    """All sets of experts, as bit masks, that the layer's router can work with; at most 2^E, ascending."""
+    found = []
+    for subset in range(1, 2**layer.num_experts):
+        try:
+            check_feasible(layer, subset_members(subset, layer))
+        except PlanError:
+            continue
+        found.append(subset)
+    return found

@@ -1,7 +1,8 @@
 """Pruning: remove the experts that matter least. A method scores every expert; what follows is the same for all.
 
 A pruning method is a function `scores(stats, layer, domain, **options) -> [E]`, not negative, higher stays. Here the
-budget is checked, super experts are protected, and the lowest scored go: equally many in each group of a layer.
+budget is checked, super experts are protected, and the lowest scored go: equally many in each group of a layer. One
+with `most_experts` chooses sets instead: `kept(stats, layer, keep, domain, protected, **options) -> Choice`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from moekit.errors import DataError
-from moekit.layout import ExpertId, Layout
+from moekit.layout import ExpertId, Layout, MoELayer
 from moekit.methods import budget as budgets
 from moekit.methods._registry import Method
-from moekit.methods.common import Domain
+from moekit.methods.common import Choice, Domain
 from moekit.methods.super_experts import super_experts
 from moekit.plans import Drop, Plan, drop_lowest
 from moekit.stats import Stats
@@ -41,12 +42,19 @@ def make_plan(
     """
     counts = budgets.uniform(layout, keep)
     domains = [stats.domains[i] for i in stats.domain_numbers(domain)]
-    scores = _scores(method, stats, layout, domains, settings)
     safe = super_experts(stats, layout) if protect == "super" else frozenset()
     protected = {index: frozenset(x.expert for x in safe if x.layer == index) for index in counts}
-    if spread == "global":
-        counts = budgets.pooled(layout, keep, scores, protected)
-    drops = [drop_lowest(x, scores[x.index].tolist(), counts[x.index], protected[x.index]) for x in layout.routed]
+    chosen: dict[int, Choice] = {}
+    if method.most_experts:
+        for layer in layout.routed:
+            arguments = (stats, layer, counts[layer.index], domains, protected[layer.index])
+            chosen[layer.index] = method(*arguments, **settings)
+        drops = [_drop_others(x, chosen[x.index].kept) for x in layout.routed]
+    else:
+        scores = _scores(method, stats, layout, domains, settings)
+        if spread == "global":
+            counts = budgets.pooled(layout, keep, scores, protected)
+        drops = [drop_lowest(x, scores[x.index].tolist(), counts[x.index], protected[x.index]) for x in layout.routed]
     plan = Plan(
         layout_hash=layout.hash,
         ops=[drop for drop in drops if drop],
@@ -57,6 +65,8 @@ def make_plan(
     plan.check(layout)
     shares = removed_gate_mass(plan, stats, layout, domains)
     plan.measured = {"removed_gate_mass": {str(index): share for index, share in shares.items()}}
+    if chosen:
+        plan.measured["lost_output"] = {str(index): choice.lost for index, choice in chosen.items()}
     plan.notes = list(_notes(plan, stats, layout, domains, safe))
     return plan
 
@@ -73,6 +83,11 @@ def removed_gate_mass(plan: Plan, stats: Stats, layout: Layout, domain: Domain =
         mass_E = stats.get("gate_mass", layer.index, domain)
         shares[layer.index] = float(mass_E[list(dropped.get(layer.index, ()))].sum() / (mass_E.sum() or 1))
     return shares
+
+
+def _drop_others(layer: MoELayer, kept: tuple[int, ...]) -> Drop | None:
+    gone = tuple(e for e in range(layer.num_experts) if e not in kept)
+    return Drop(layer=layer.index, experts=gone) if gone else None
 
 
 def _scores(
@@ -106,6 +121,8 @@ def _notes(plan: Plan, stats: Stats, layout: Layout, domains: list[str], safe: f
     if total := sum(cold.values()):
         yield f"experts never routed to: {total} of {sum(x.num_experts for x in layout.routed)}"
     shares = removed_gate_mass(plan, stats, layout, domains)
+    if lost := plan.measured.get("lost_output"):
+        yield "lost output by layer: " + ", ".join(f"{index}: {share:.1%}" for index, share in lost.items())
     yield "removed gate mass by layer: " + ", ".join(f"{index}: {share:.1%}" for index, share in shares.items())
     if any(x.router.score == "softmax" and not x.router.renormalised for x in layout.routed) and dropped:
         yield "the routers do not renormalise the chosen weights: as experts leave the softmax, those of the rest grow"
