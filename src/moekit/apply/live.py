@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moekit.apply.made import changes_weights, editing
+from moekit.apply.steer import steering
 from moekit.errors import PlanError
 from moekit.families.loader import Loader
 from moekit.plans import Plan
@@ -19,7 +20,7 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
     Dropped experts are banned at the router: their logits (and correction biases) become minus infinity before the
     family's own code chooses and normalises, which is what leaving out their rows does. Merged experts take the place
     of their dominant one as the layer is read, the others of the group are banned. New values take their places, and
-    quantised weights are rounded, as the layer is read. Nothing of it stays afterwards.
+    quantised weights are rounded, as the layer is read. Routers are steered. Nothing of it stays afterwards.
 
     Args:
         view: of the model that the plan was made for.
@@ -35,7 +36,7 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
     if loader is not None:
         editing(loader, view.layout, plan)
     try:
-        with view.ban(plan.dropped_live(view.layout)):
+        with view.ban(plan.dropped_live(view.layout)), steering(view, plan.steers()):
             yield view
     finally:
         if loader is not None:

@@ -23,6 +23,7 @@ from moekit.data import Batch, Dataset
 from moekit.errors import DataError
 from moekit.evaluation.intervals import Interval, ratio_interval
 from moekit.families.model import Model
+from moekit.families.tokens import Tokens
 from moekit.markup import html_table
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
@@ -35,10 +36,16 @@ ROW_CHUNK = 128  # positions whose log-probabilities are held at once
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, seen through a plan that is applied live (None: as it is)."""
+    """A model, seen through a plan that is applied live (None: as it is).
+
+    Attributes:
+        prompt: tokens at the start of each row that were given and not written, for plans that tell them apart; None:
+            all of them.
+    """
 
     model: Model
     plan: Plan | None = None
+    prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,13 @@ def logits_of(
     """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
     model, plan = subject.model, subject.plan
     loader = model.loader(dtype, device)
-    changed = live(MoEView(loader.model, model.layout), plan, loader) if plan else contextlib.nullcontext()
-    with changed:
-        yield from Stream(loader, progress=progress).run([x.ids for x in batches])
+    view = MoEView(loader.model, model.layout)
+
+    def around(_index: int, number: int) -> contextlib.AbstractContextManager:
+        return view.at(Tokens.of(*batches[number].ids.shape, prompt=subject.prompt, mask=batches[number].mask))
+
+    with live(view, plan, loader) if plan else contextlib.nullcontext():
+        yield from Stream(loader, progress=progress).run([x.ids for x in batches], around=around)
 
 
 def split_rows(data: Dataset, vocab_size: int) -> list[Batch]:
