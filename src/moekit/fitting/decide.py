@@ -19,7 +19,9 @@ from moekit.progress import Progress, silent
 from moekit.stats import Stats
 
 # Methods that need more than statistics: name -> function(fit, **settings of `decide`) -> Plan.
-FITTED: dict[str, str] = {}
+FITTED: dict[str, str] = {
+    "ream": "moekit.fitting.sequential:plan",
+}
 
 
 @dataclass

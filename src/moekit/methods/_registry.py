@@ -26,6 +26,7 @@ METHODS = {
     "naee": "moekit.methods.prune.naee:kept",
     "m-smoe": "moekit.methods.merge.m_smoe:groups",
     "hc-smoe": "moekit.methods.merge.hc_smoe:groups",
+    "ream": "moekit.methods.merge.ream:groups",
     "rtn-int8": "moekit.methods.quantize.rtn:int8",
     "rtn-int4": "moekit.methods.quantize.rtn:int4",
 }

@@ -2,7 +2,8 @@
 
 A merging method is a function `groups(stats, layer, keep, domain, protected, **options)` that returns `keep` disjoint
 lists of experts which together are all of them, the dominant one of each list first; with router groups (DeepSeek) a
-list stays within one of these. Weights are the members' shares of the tokens routed to them.
+list stays within one of these. Weights are the members' shares of the tokens routed to them, unless the method returns
+`Group`s with weights of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moekit.errors import PlanError
-from moekit.layout import Layout
+from moekit.layout import Layout, MoELayer
 from moekit.methods import budget as budgets
 from moekit.methods._registry import Method
 from moekit.methods.common import Domain
@@ -37,8 +38,14 @@ def make_plan(
     """The plan of a merging method; arguments as for `moekit.methods.make_plan`, already checked.
 
     Raises:
-        PlanError: more protected experts than a layer keeps.
+        PlanError: more protected experts than a layer keeps, or statistics that only `moekit.fitting` takes.
     """
+    if settings.get("sequential"):
+        raise PlanError(
+            f"{method.name!r} is to be decided layer by layer, which needs the model and not only its statistics",
+            where="options.sequential",
+            fix="use moekit compress or moekit.fitting.decide, or leave sequential out",
+        )
     counts = budgets.uniform(layout, keep)
     domains = [stats.domains[i] for i in stats.domain_numbers(domain)]
     safe = super_experts(stats, layout) if protect == "super" else frozenset()
@@ -56,11 +63,12 @@ def make_plan(
                 got=counts[layer.index],
                 fix="keep more experts, or protect none",
             )
-        found = method(stats, layer, counts[layer.index], domains, protected[layer.index], **settings)
-        merged = tuple(_group(members, frequency[layer.index]) for members in found if len(members) > 1)
-        largest = max([largest, *(len(group.members) for group in merged)])
-        if merged:
-            ops.append(Merge(layer=layer.index, groups=merged, router=router))
+        op = layer_merge(
+            method, stats, layer, counts[layer.index], domains, protected[layer.index], router=router, settings=settings
+        )
+        if op is not None:
+            largest = max([largest, *(len(group.members) for group in op.groups)])
+            ops.append(op)
     tokens = stats.token_count(domains)
     notes = [f"scored on {tokens:,} tokens of {', '.join(domains)}", f"largest group: {largest} experts"]
     if safe:
@@ -75,6 +83,25 @@ def make_plan(
         made_from=dict(stats.manifest),
         notes=notes,
     )
+
+
+def layer_merge(
+    method: Method,
+    stats: Stats,
+    layer: MoELayer,
+    keep: int,
+    domain: Domain,
+    protected: frozenset[int],
+    *,
+    router: Literal["dominant", "weighted"],
+    settings: Mapping[str, Any],
+) -> Merge | None:
+    """What a merging method does to one layer; None where all experts stay."""
+    frequency_E = stats.get("count", layer.index, domain)
+    found = method(stats, layer, keep, domain, protected, **settings)
+    groups = [x if isinstance(x, Group) else _group(x, frequency_E) for x in found]
+    merged = tuple(x for x in groups if len(x.members) > 1)
+    return Merge(layer=layer.index, groups=merged, router=router) if merged else None
 
 
 def _group(members: list[int], frequency_E: np.ndarray) -> Group:
