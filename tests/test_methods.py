@@ -16,6 +16,7 @@ from moekit import methods
 from moekit.errors import DataError, PlanError, RecipeError
 from moekit.layout import ExpertId, Layout, MoELayer, Part, Router
 from moekit.methods.budget import fewest
+from moekit.methods.cold import cold_experts
 from moekit.plans import Plan, check_feasible
 from moekit.stats import FIELDS, LayerStats, Stats
 
@@ -299,10 +300,25 @@ def test_notes_say_what_was_cold_thin_and_removed():
         "experts never routed to: 1 of 4",
         "removed gate mass by layer: 0: 20.0%",
         "the routers do not renormalise the chosen weights: as experts leave the softmax, those of the rest grow",
+        "cold experts (chosen by fewer than 100 tokens): 4 of 4, 2 of them kept",
+        "warning: cold experts that are kept (0.0, 0.1): take more text",
     ]
     assert methods.removed_gate_mass(plan, stats, layout, "code") == {0: pytest.approx(0.2)}
     assert methods.removed_gate_mass(plan, stats, layout) == {0: pytest.approx(100 / 110)}
-    assert len(methods.make_plan("ean", stats, layout, keep=1.0, protect="none").notes) == 2
+    assert len(methods.make_plan("ean", stats, layout, keep=1.0, protect="none").notes) == 4
+
+
+def test_cold_experts_are_those_below_the_line():
+    layout = make_layout(layers=1, experts=8, top_k=2)
+    count = [[0, 99, 100, 101, 60, 1000, 1000, 1000], [0, 0, 0, 0, 60, 0, 0, 0]]
+    stats = make_stats(layout, {0: {"count": count, "norm": [[9, 8, 7, 6, 5, 4, 3, 2]] * 2}}, tokens=(2000, 30))
+    assert cold_experts(stats, layout, "code") == {0: (0, 1, 4)}
+    assert cold_experts(stats, layout) == {0: (0, 1)}
+    plan = methods.make_plan("ean", stats, layout, keep=0.5, domain="code", protect="none")
+    assert "cold experts (chosen by fewer than 100 tokens): 3 of 8, 2 of them kept" in plan.notes
+    assert "warning: cold experts that are kept (0.0, 0.1): take more text" in plan.notes
+    random = methods.make_plan("random", stats, layout, keep=0.5)  # which reads no statistics
+    assert not any("cold" in note for note in random.notes)
 
 
 def test_mtp_layers_are_left_out():

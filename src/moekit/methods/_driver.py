@@ -10,6 +10,7 @@ from moekit.layout import Layout
 from moekit.methods import budget as budgets
 from moekit.methods import merge, prune, quantize
 from moekit.methods._registry import Method, get
+from moekit.methods.cold import cold_notes
 from moekit.methods.common import Domain
 from moekit.plans import Plan
 from moekit.stats import Stats
@@ -71,6 +72,8 @@ def make_plan(
             method, stats, layout, keep=keep, domain=domain, spread=spread, protect=protect, settings=settings, **rows
         )
     plan.check(layout)
+    if method.needs:
+        plan.notes += cold_notes(plan, stats, layout, domain)
     return plan
 
 
