@@ -4,7 +4,7 @@ from pathlib import Path
 
 import transformers
 
-from family_proofs import PROOFS
+from family_rows import PROOFS
 
 NO_CONTRACT = ("doge", "jetmoe", "longcat_flash")  # routed experts of their own kind
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
@@ -17,7 +17,7 @@ measured, not what was hoped for. Everything was run on text alone, on a CPU. Ro
 settings of the family's config.
 
 Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, {ids} watched, {drops} cut,
-{streams} streamed.
+{streams} streamed, {steers} steered.
 
 - **reads**: layers, experts, k, groups, biases, shared experts and sizes are those of the stock model, and the tensors
   found on disk with their expert axes are exactly those that change when the config asks for more experts.
@@ -33,6 +33,9 @@ Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, 
   also with all hidden states on disk and after an interrupt. moekit's own experts function, which is used to show
   outputs and is faster, is bit-identical to eager in fp32; in bf16 a layer's routed sum differs by at most 1/64 of its
   largest value.
+- **steers**: an expert that is forced is among every token's experts; one that is banned from a place on is used by no
+  token from there, and what comes before is as it was; a bias makes its expert chosen more often; swapping experts is
+  what renumbering their weights is; tokens that an edit is not for are routed as without it, bit for bit.
 
 "refused" is a clear error that gives the reason in the last column. Families whose experts do not follow the contract
 are refused as a whole, among them {refused}.
@@ -45,7 +48,7 @@ def page(rows: list[str], version: str = transformers.__version__) -> str:
     """docs/families.md, as proven with a version of transformers."""
     verdicts = [line.strip("| ").split(" | ")[4:] for line in rows]
     count = [sum(x[i] == "yes" for x in verdicts) for i in range(len(PROOFS))]
-    names = ("reads", "writes", "permutes", "ids", "drops", "streams")
+    names = ("reads", "writes", "permutes", "ids", "drops", "streams", "steers")
     numbers = dict(zip(names, count, strict=True))
     refused = ", ".join(NO_CONTRACT)
     head = HEAD.format(refused=refused, total=len(rows), version=".".join(version.split(".")[:2]), **numbers)

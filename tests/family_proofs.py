@@ -424,25 +424,3 @@ def assert_bf16(specimen: Specimen, batches: list[Tensor]) -> None:
         if hasattr(module, "_apply_gate"):
             module.config._experts_implementation = "eager"
     assert all(map(torch.equal, Stream(loader).run(batches), wanted))
-
-
-# ---- the table
-
-PROOFS = {
-    "reads": reads,
-    "writes back": writes_back,
-    "permutes": permutes,
-    "ids": ids_agree,
-    "drops": drops,
-    "streams": streams,
-}
-
-
-def row(specimen: Specimen) -> str:
-    """Prove everything of one family; its line of the table."""
-    layout = specimen.layout
-    results = [proof(specimen) for proof in PROOFS.values()]
-    notes = [x for x in (NOTES.get(specimen.name, specimen.entry.notes), layout.cannot_drop) if x]
-    routers = "; ".join(dict.fromkeys(x.router.describe() for x in layout.routed))
-    cells = [specimen.name, f"`{layout.architecture}`", routers, disk_form(layout), *results, "; ".join(notes)]
-    return f"| {' | '.join(cells)} |"

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from family_page import DOCS, NO_CONTRACT, page, rows_of
-from family_proofs import Recorder, Specimen, row, run
+from family_proofs import Recorder, Specimen, run
+from family_rows import row
 from moekit.checkpoint.reader import Checkpoint, read_config
 from moekit.errors import ModelError
 from moekit.families.detect import understand

@@ -50,9 +50,9 @@ def mtp_layers(checkpoint: Checkpoint, layers: list[MoELayer], unused: list[str]
     return out
 
 
-def _params(info: TensorInfo, bits: int) -> int:
+def _params(info: TensorInfo, placement: Placement | None, bits: int) -> int:
     """Parameters that a tensor holds; scales and shapes of quantised weights are none."""
-    suffix = quantised_suffix(info.name)
+    suffix = placement.suffix if placement else quantised_suffix(info.name)
     if suffix == "_blocks":
         return 2 * info.bytes  # two 4-bit values a byte
     if suffix == PACKED_SUFFIX and bits:
@@ -115,7 +115,7 @@ def count_parts(
             part = roles[name]
         else:
             part = part_of(placed[name].key, layers_path)
-        parts[part] += Part(info.bytes, packed[name] if name in packed else _params(info, bits))
+        parts[part] += Part(info.bytes, packed[name] if name in packed else _params(info, placed.get(name), bits))
     return parts
 
 
