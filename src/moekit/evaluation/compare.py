@@ -28,7 +28,7 @@ from moekit.markup import html_table
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.stream import Stream
-from moekit.view import MoEView
+from moekit.view import MoEView, Observer
 
 LOGIT_BYTES = 256 << 20  # float32 logits of one batch
 ROW_CHUNK = 128  # positions whose log-probabilities are held at once
@@ -46,6 +46,16 @@ class Subject:
     model: Model
     plan: Plan | None = None
     prompt: int | None = None
+
+
+class Watcher(Observer):
+    """An observer that is told which batch runs.
+
+    Attributes:
+        batch: (number, Batch).
+    """
+
+    batch: tuple[int, Batch]
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ def evaluate(
     data: Dataset,
     *,
     against: Model | Subject | None = None,
+    watcher: Watcher | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -145,6 +156,7 @@ def evaluate(
         model: what to score.
         data: tokenised with the model's tokenizer.
         against: the source to compare with; must have the same vocabulary.
+        watcher: sees every MoE call of the source, or without one of the model; None for nobody.
         dtype: to run in; None for each model's own.
         device: "cpu" or "cuda".
         progress: told as layers pass.
@@ -161,8 +173,8 @@ def evaluate(
             got=subject.model.layout.vocab_size,
         )
     batches = split_rows(data, subject.model.layout.vocab_size)
-    ours = logits_of(subject, batches, dtype, device, progress)
-    theirs = logits_of(source, batches, dtype, device, progress) if source else None
+    ours = logits_of(subject, batches, dtype, device, progress, None if source else watcher)
+    theirs = logits_of(source, batches, dtype, device, progress, watcher) if source else None
     sums: list[list[_Sums]] = [[] for _ in data.domains]
     largest = 0.0
     with contextlib.closing(ours), contextlib.closing(theirs) if theirs is not None else contextlib.nullcontext():
@@ -185,6 +197,7 @@ def logits_of(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress = silent,
+    watcher: Watcher | None = None,
 ) -> Generator[torch.Tensor, None, None]:
     """Logits [B, T, V] of each batch, streamed, with the subject's plan applied live."""
     model, plan = subject.model, subject.plan
@@ -192,9 +205,14 @@ def logits_of(
     view = MoEView(loader.model, model.layout)
 
     def around(_index: int, number: int) -> contextlib.AbstractContextManager:
+        if watcher is not None:
+            watcher.batch = number, batches[number]
         return view.at(Tokens.of(*batches[number].ids.shape, prompt=subject.prompt, mask=batches[number].mask))
 
-    with live(view, plan, loader) if plan else contextlib.nullcontext():
+    with (
+        live(view, plan, loader) if plan else contextlib.nullcontext(),
+        view.watch(watcher) if watcher is not None else contextlib.nullcontext(),
+    ):
         yield from Stream(loader, progress=progress).run([x.ids for x in batches], around=around)
 
 
