@@ -30,7 +30,7 @@ from moekit.measurement import measure
 from moekit.pipeline import prepare, production, run, statistics
 from moekit.pipeline.outlook import layout_after
 from moekit.pipeline.statistics import carried
-from moekit.plans import Drop, Group, Merge, Plan, Quantize, drop_lowest
+from moekit.plans import Drop, Group, Merge, Plan, Quantize, QuantizeDense, drop_lowest
 from moekit.recipe import Recipe
 
 THREE = ["easy-ep keep=6", "m-smoe keep=4", "rtn-int4"]
@@ -314,14 +314,21 @@ def test_the_layout_to_come_is_known_beforehand(opened, family, tmp_path):
     assert [x.expert_bytes for x in foreseen.routed] == [x.expert_bytes for x in made.routed]
 
 
-def test_bits_to_come_are_known_beforehand(opened, tmp_path):
+@pytest.mark.parametrize("form", ["compressed-tensors", "moekit"])
+@pytest.mark.parametrize("dense", [{}, {"attention": 8}])
+def test_bits_to_come_are_known_beforehand(opened, tmp_path, form, dense):
     model = opened("qwen3_moe")
     layout = model.layout
-    plan = Plan(layout_hash=layout.hash, ops=[Quantize(layer=x.index, bits=4, group_size=8) for x in layout.routed])
+    bits = (1, 2, 3, 4, 5, 8, 16, 7) if form == "moekit" else 4
+    ops = [Quantize(layer=x.index, bits=bits, group_size=8, format=form) for x in layout.routed]
+    ops += [QuantizeDense(layer=x.index, bits=dense, group_size=16, format=form) for x in layout.routed if dense]
+    plan = Plan(layout_hash=layout.hash, ops=ops)
     bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
     made, foreseen = Model.open(tmp_path / "out").layout, layout_after(layout, plan)
     assert (foreseen.hash, foreseen.quantisation) == (made.hash, made.quantisation)
     assert foreseen.total.bytes == pytest.approx(made.total.bytes, rel=0.05)
+    assert foreseen.parts["experts"].bytes == pytest.approx(made.parts["experts"].bytes, rel=0.05)
+    assert foreseen.parts["attention"].bytes == pytest.approx(made.parts["attention"].bytes, rel=0.05)
 
 
 # ---- refused before any work

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from moekit import methods
 from moekit.errors import RecipeError, UserError
+from moekit.families.packings import MIXED
 from moekit.layout import Layout, Part
 from moekit.methods.budget import uniform
 from moekit.methods.quantize import ways
-from moekit.plans import Drop, Plan
+from moekit.plans import Drop, Plan, QuantizeDense
 from moekit.recipe import Step
 
 
@@ -98,20 +99,35 @@ def _supposed(layout: Layout, step: Step) -> Plan:
 
 def layout_after(layout: Layout, plan: Plan) -> Layout:
     """The layout (without lists of tensors) of the model that a plan makes of one with this layout."""
-    layers, saved_bytes, gone = [], 0, 0
+    layers, parts, gone = [], dict(layout.parts), 0
     for layer in layout.routed:
-        ops = [op for op in plan.ops if op.layer == layer.index]
-        saved = plan.model_copy(update={"ops": ops}).saved_bytes(layout)
-        left = len(plan.kept(layer))
+        ops = [op for op in plan.ops if op.layer == layer.index and not isinstance(op, QuantizeDense)]
+        saved, left = _saved(plan, ops, layout), len(plan.kept(layer))
         expert_bytes = (layer.num_experts * layer.expert_bytes - saved) // left
         layers.append(replace(layer, num_experts=left, expert_bytes=expert_bytes, tensors=()))
-        saved_bytes, gone = saved_bytes + saved, gone + layer.num_experts - left
-    experts = layout.parts["experts"]
-    share = 1 - gone / sum(layer.num_experts for layer in layout.routed)
-    parts = {**layout.parts, "experts": Part(experts.bytes - saved_bytes, round(experts.params * share))}
+        share = (layer.num_experts - left) / sum(x.num_experts for x in layout.routed)
+        parts["experts"] += Part(-saved, -round(share * layout.parts["experts"].params))
+        gone += layer.num_experts - left
+    for dense in plan.quantised_dense().values():
+        for name, bits in dense.bits.items():
+            saved = _saved(plan, [dense.model_copy(update={"bits": {name: bits}})], layout)
+            parts[name if name in parts else "embeddings"] += Part(-saved)
     if gone:
         parts["mtp"] = Part()
     else:
         layers += [layer for layer in layout.layers if layer.mtp]
-    bits = next((f"int{op.bits}" for op in plan.quantised().values()), layout.quantisation)
-    return replace(layout, layers=tuple(layers), parts=parts, quantisation=bits)
+    return replace(layout, layers=tuple(layers), parts=parts, quantisation=_form(plan) or layout.quantisation)
+
+
+def _saved(plan: Plan, ops: list, layout: Layout) -> int:
+    return plan.model_copy(update={"ops": ops}).saved_bytes(layout)
+
+
+def _form(plan: Plan) -> str | None:
+    """What a layout calls the form of a quantised model."""
+    if plan.packed_form != "compressed-tensors":
+        return plan.packed_form
+    bits = {op.bits for op in plan.quantised().values()} | {
+        x for op in plan.quantised_dense().values() for x in op.bits.values()
+    }
+    return f"int{bits.pop()}" if len(bits) == 1 else MIXED

@@ -53,7 +53,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 def model_card(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from."""
     carried = {key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source}
-    what = [DONE[kind] for kind in report["kinds"]]
+    what = [DONE.get(kind, kind) for kind in report["kinds"]]
     name = report["model"]["name"]
     head = carried | {
         "base_model": name if is_hub_id(name) else Path(name).name,  # a path says nothing to others
