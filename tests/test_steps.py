@@ -355,6 +355,11 @@ def test_bits_to_come_are_known_beforehand(opened, tmp_path, form, dense):
             RecipeError,
             ["step 1 (easy-ep): ", "different numbers", "spread"],
         ),
+        (
+            ["easy-ep keep=6", "naee keep=4"],
+            RecipeError,
+            ["step 2 (naee): ", "subset_error after easy-ep", "remeasure: true"],
+        ),
         (["easy-ep keep=6", "rtn-int4 group_size=0"], PlanError, ["step 2 (rtn-int4): ", "group size"]),
     ],
 )
@@ -366,6 +371,12 @@ def test_what_cannot_be_is_refused_first(recipe, tmp_path, steps, kind, words):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
     assert names(tmp_path) == before
+
+
+def test_what_cannot_be_carried_can_be_measured_anew(recipe, tmp_path):
+    result = run(prepare(recipe("easy-ep keep=6", "naee keep=4 remeasure=true")))
+    assert result.steps[1].plan.notes[-1] == "statistics measured anew on what step 1 (easy-ep) left"
+    assert Model.open(tmp_path / "out").layout.routed[0].num_experts == 4
 
 
 def test_a_folder_named_as_a_step_that_is_not_ours(recipe, tmp_path):

@@ -14,6 +14,7 @@ from moekit.methods.budget import uniform
 from moekit.methods.quantize import ways
 from moekit.plans import Drop, Plan, QuantizeDense
 from moekit.recipe import Step
+from moekit.stats import NOT_CARRIED
 
 
 def label(number: int, step: Step) -> str:
@@ -40,9 +41,9 @@ def check_steps(steps: Sequence[Step]) -> None:
 
     Raises:
         RecipeError: no such method, option or `keep`; a step after quantising that would change experts; a model
-            between two steps that cannot be written.
+            between two steps that cannot be written; statistics that cannot be carried over the steps before.
     """
-    quantised = 0
+    quantised, fewer = 0, ""
     for number, step in enumerate(steps, 1):
         with of_step(number, steps):
             method, *_ = methods.check_options(step.method, step.options)
@@ -56,6 +57,15 @@ def check_steps(steps: Sequence[Step]) -> None:
                     got=f"{step.method} after {before}",
                     fix="leave one out" if method.kind == "quantize" else f"write {step.method} before {before}",
                 )
+            fewer = "" if step.remeasure else fewer
+            if fewer and (missing := NOT_CARRIED.intersection(method.needs)):
+                raise RecipeError(
+                    "what this method reads is not known of a model with fewer experts",
+                    where=f"steps.{number}",
+                    got=f"{', '.join(sorted(missing))} after {fewer}",
+                    fix="add remeasure: true to this step",
+                )
+            fewer = step.method if method.kind in ("prune", "merge") else fewer
             if method.kind == "quantize":
                 quantised = number
             if step.spread == "global" and number < len(steps):
