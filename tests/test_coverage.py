@@ -1,4 +1,4 @@
-"""Divergence of usage is what the formula says, its noise what samples give; reports warn of text that was not measured."""
+"""Divergence of usage is what the formula says, its noise what samples give; reports warn of unlike text."""
 
 import dataclasses
 import json
@@ -10,11 +10,16 @@ import torch
 
 import moekit
 from moekit import refmoe
+from moekit.cli.compress import after
 from moekit.evaluation import evaluate
 from moekit.evaluation.coverage import coverage
 from moekit.families.model import Model
 from moekit.measurement import measure
+from moekit.pipeline import prepare, run
+from moekit.pipeline.account import dropped_of_source
 from moekit.pipeline.usage import Usage
+from moekit.plans import Drop, Group, Merge, Plan
+from moekit.recipe import Recipe
 from moekit.stats import LayerStats, Stats
 from test_methods import make_layout
 from tiny import batch, dataset
@@ -151,3 +156,49 @@ def test_refmoe_small_samples_do_not_alarm(measured):
         part = dataset(*rows[start : start + 8], domains=("python",))
         usage = measure(model, part, groups=())
         assert not coverage(calibration, model.layout, {}, ["python"], usage).drifts[0].drifted
+
+
+def test_a_run_warns_of_text_that_was_not_measured(tmp_path):
+    small = {"tokens": 4_096, "sequence_length": 256}
+    texts = {name: str(refmoe.texts()[name]) for name in ("python", "kjv")}
+    recipe = Recipe(
+        model="refmoe",
+        data={"python": str(refmoe.calibration()["python"])},
+        keep=0.5,
+        calibration=small,
+        evaluation={"data": texts, **small},
+        out=str(tmp_path / "out"),
+    )
+    job = prepare(recipe)
+    result = run(job)
+    report = json.loads((result.path / "report.json").read_text())
+    found = report["coverage"]
+    assert {x["domain"]: x["drifted"] for x in found["drifts"]} == {"python": False, "kjv": True}
+    (warning,) = found["warnings"]
+    assert "'kjv' does not use experts as the calibration text does" in warning
+    assert warning in report["notes"]
+    assert f"  {warning}" in after(job, result)
+    for layer, removed in report["removed_gate_mass"].items():
+        assert found["kept_mass"][layer] == pytest.approx(1 - removed)
+    ours, others = (np.mean(list(x["kept_mass"].values())) for x in found["drifts"])
+    assert ours > others + 0.1
+    for name in ("report.md", "README.md"):
+        page = (result.path / name).read_text()
+        assert warning in page
+        assert "| kjv | python |" in page
+
+
+def test_methods_without_statistics_say_nothing_of_calibration(tmp_path, talker):
+    recipe = Recipe(model=str(talker), data={"code": __file__}, method="random", keep=0.5, out=str(tmp_path / "out"))
+    result = run(prepare(recipe))
+    assert result.coverage is None
+    assert json.loads((result.path / "report.json").read_text())["coverage"] is None
+
+
+def test_what_is_dropped_of_the_source_over_several_plans():
+    """Merging loses nobody; what a later plan drops takes along what was merged into it."""
+    groups = (Group(members=(1, 0), weights=(0.5, 0.5)), Group(members=(5, 4), weights=(0.5, 0.5)))
+    merge = Plan(layout_hash="a", ops=[Merge(layer=0, groups=groups), Drop(layer=0, experts=(7,))])
+    drop = Plan(layout_hash="b", ops=[Drop(layer=0, experts=(0, 4)), Drop(layer=1, experts=(2,))])
+    assert dropped_of_source(LAYOUT, [merge]) == {0: {7}}  # left: {0, 1}, 2, 3, {4, 5}, 6
+    assert dropped_of_source(LAYOUT, [merge, drop]) == {0: {0, 1, 6, 7}, 1: {2}}

@@ -199,7 +199,7 @@ def after(job: Job, result: Result) -> list[str]:
             f"  proven: {proof.loaded_by} on the new files agrees with the plan applied live to {proven_on} "
             f"(largest logit difference {proof.max_difference:.2g}, {proof.dtype})"
         )
-    lines += [f"  {note}" for note in baked.notes]
+    lines += [f"  {note}" for note in (*baked.notes, *(result.coverage.warnings() if result.coverage else ()))]
     lines.append("  " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
     lines.append(f"  read {result.path / 'report.md'}; load it with AutoModelForCausalLM.from_pretrained")
     return lines

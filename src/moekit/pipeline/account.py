@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from moekit.evaluation.coverage import Coverage, coverage
 from moekit.families.model import Model
 from moekit.layout import Layout
 from moekit.measurement import versions
 from moekit.pipeline.result import Done, Result
 from moekit.plans import Plan
+from moekit.stats import Stats
 
 
 def report_of(model: Model, result: Result, recipe: str = "") -> Mapping[str, object]:
@@ -44,11 +46,13 @@ def report_of(model: Model, result: Result, recipe: str = "") -> Mapping[str, ob
         "removed_gate_mass": removed_gate_mass(plans),
         "notes": [
             *(f"step {number}, {note}" if several else note for number, note in notes),
+            *(result.coverage.warnings() if result.coverage else ()),
             *(baked.notes if baked else ()),
         ],
         "calibration": plans[0].made_from.get("data"),
         "verification": asdict(result.verification) if result.verification else None,
         "evaluation": result.evaluation.to_dict() if result.evaluation else None,
+        "coverage": result.coverage.to_dict() if result.coverage else None,
         "seconds": result.seconds,
         "versions": versions(),
     }
@@ -74,6 +78,35 @@ def kept_of_source(layout: Layout, plans: list[Plan]) -> dict[int, list[int]]:
         for index, gone in plan.dropped_live(layout).items():
             kept[index] = [expert for place, expert in enumerate(kept[index]) if place not in set(gone)]
     return kept
+
+
+def covered(layout: Layout, plans: Sequence[Plan], calibration: Stats, usage: Stats | None) -> Coverage:
+    """How far the statistics of the source hold that the first plan was decided from.
+
+    Args:
+        layout: of the source.
+        plans: of all steps.
+        calibration: statistics of the source.
+        usage: of the source on evaluation text; None: there is none.
+    """
+    domains = plans[0].settings.get("domain") or calibration.domains
+    return coverage(calibration, layout, dropped_of_source(layout, plans), list(domains), usage)
+
+
+def dropped_of_source(layout: Layout, plans: Sequence[Plan]) -> dict[int, set[int]]:
+    """By layer, the experts of the source that some plan dropped; those merged into others go with the merged one."""
+    holds = {layer.index: [{expert} for expert in range(layer.num_experts)] for layer in layout.routed}
+    dropped: dict[int, set[int]] = {}
+    for plan in plans:
+        merges = plan.merges()
+        for index, gone in plan.dropped_live(layout).items():
+            merge, held = merges.get(index), holds[index]
+            for group in merge.groups if merge else ():
+                held[group.members[0]] = set().union(*(held[e] for e in group.members))
+            lost = set(gone) - set(merge.gone if merge else ())
+            dropped.setdefault(index, set()).update(*(held[place] for place in lost))
+            holds[index] = [x for place, x in enumerate(held) if place not in gone]
+    return dropped
 
 
 def removed_gate_mass(plans: list[Plan]) -> dict[str, float]:

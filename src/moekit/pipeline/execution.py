@@ -101,6 +101,7 @@ class _Steps:
                 job.out,
                 source=job.model,
                 before=self.done,
+                calibration=self._calibration(),
                 recipe=job.recipe.to_yaml(),
                 text=job.evaluation or job.calibration,
                 evaluation=job.evaluation,
@@ -235,6 +236,14 @@ class _Steps:
             self.device,
             self.progress,
         )
+
+    def _calibration(self) -> Stats | None:
+        """Statistics of the source, if something was decided from them and they are at hand."""
+        needed = any(methods.get(step.method).needs for step in self.steps)
+        if not needed or not (self.stats_folder / "stats.json").is_file():
+            return None
+        stats = Stats.load(self.stats_folder)
+        return stats if stats.manifest.get("fingerprint") == self.job.model.fingerprint else None
 
     def _told(self, number: int) -> str:
         """Where the statistics of a step come from, for the notes of its plan."""

@@ -20,12 +20,14 @@ from moekit.errors import VerificationError
 from moekit.evaluation import evaluate
 from moekit.evaluation.verify import Verification, verify
 from moekit.families.model import Model
-from moekit.pipeline.account import report_of
+from moekit.pipeline.account import covered, report_of
 from moekit.pipeline.result import Done, Result
+from moekit.pipeline.usage import Usage
 from moekit.pipeline.workplace import check_ours, unverified
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
 from moekit.report.compression import write_report
+from moekit.stats import Stats
 
 FAILED, WHY_FAILED = ".failed", "VERIFICATION_FAILED"
 
@@ -37,6 +39,7 @@ def produce(
     *,
     source: Model | None = None,
     before: Sequence[Done] = (),
+    calibration: Stats | None = None,
     recipe: str = "",
     text: Dataset | None = None,
     evaluation: Dataset | None = None,
@@ -57,6 +60,7 @@ def produce(
         out: the folder to make.
         source: the model before all steps, which the result is compared with; None for `model`.
         before: the steps that made `model` of `source`.
+        calibration: statistics of `source` that were decided from, to tell how far they hold; None: it is not told.
         recipe: YAML of the whole job, for the record.
         text: what the proof is read on; None: random tokens.
         evaluation: what the result is compared with its source on; None: it is not.
@@ -97,11 +101,16 @@ def produce(
             seconds[stage] = round(seconds.get(stage, 0) + spent, 2)
     whole = replace(baked, bytes_before=source.checkpoint.bytes)
     result = Result(plan, baked=whole, verification=done.verification, seconds=seconds, steps=steps)
+    usage = None
     if evaluation is not None:
+        usage = Usage(source.layout, evaluation) if calibration is not None else None
         with timed(seconds, "evaluate"):
             result.evaluation = evaluate(
-                made, evaluation, against=source, dtype=dtype, device=device, progress=progress
+                made, evaluation, against=source, watcher=usage, dtype=dtype, device=device, progress=progress
             )
+    if calibration is not None:
+        seen = None if usage is None else usage.stats()
+        result.coverage = covered(source.layout, [x.plan for x in steps], calibration, seen)
     write_report(unverified(out), report_of(source, result, recipe))
     made.checkpoint.close()
     check_place(out, overwrite)  # hours may have passed

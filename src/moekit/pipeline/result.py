@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moekit.apply.bake import Baked
 from moekit.evaluation import Evaluation
+from moekit.evaluation.coverage import Coverage
 from moekit.evaluation.verify import Verification
 from moekit.plans import Plan
 from moekit.stats import Stats
@@ -40,6 +41,8 @@ class Result:
         baked: what was written, against the model before all steps.
         verification: proof that the files do what the plan says.
         evaluation: the new model against its source, by domain.
+        coverage: what the calibration text says of experts, and whether it speaks for the evaluation text; None where
+            the plan was given or needs no statistics.
         seconds: by stage, of all steps together.
         steps: what each step made.
     """
@@ -50,6 +53,7 @@ class Result:
     baked: Baked | None = None
     verification: Verification | None = None
     evaluation: Evaluation | None = None
+    coverage: Coverage | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     steps: list[Done] = field(default_factory=list)
 

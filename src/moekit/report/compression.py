@@ -12,7 +12,6 @@ import yaml
 from moekit.checkpoint.hub import is_hub_id
 from moekit.recipe import format_bytes
 
-
 DONE = {"prune": "pruned", "merge": "merged", "quantize": "quantised", "heal": "healed"}  # what a kind of plan leaves
 WITH = {"quantize": "quantised experts", "heal": "healed weights"}
 
@@ -87,6 +86,8 @@ def markdown(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _verification(proof, "the model before the last step" if steps else "the source")
     yield from ("", "## What to know", "")
     yield from (f"- {note}" for note in report["notes"])
+    if report["coverage"]:
+        yield from _coverage(report["coverage"])
     if fewer:
         yield from _kept(report)
     yield from ("", "## Made from", "")
@@ -109,6 +110,35 @@ def _steps(steps: list[Mapping[str, Any]]) -> Iterator[str]:
             f"| {number} | `{step['method']}` | {_settings(step['settings'])} | {format_bytes(size['before'])} "
             f"| {format_bytes(size['after'])} | {found} |"
         )
+
+
+def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
+    drifts, below = coverage["drifts"], coverage["cold_below"]
+    yield from ("", "## What the calibration text covers", "")
+    yield (
+        f"Decided on {coverage['tokens']:,} tokens of {', '.join(coverage['domains'])}. "
+        f"A cold expert is one that fewer than {below} of them chose."
+    )
+    if drifts:
+        yield (
+            "Divergence: how unlike the source's use of experts is on evaluation text and on the nearest calibration "
+            "text (Jensen-Shannon, bits, mean over layers), beside what samples of one text would give; text has "
+            f"drifted where the difference is above {coverage['drift_above']:g}."
+        )
+        yield from ("", "| evaluation text | nearest | divergence | of one text | drifted | gate mass kept |")
+        yield "|---|---|---|---|---|---|"
+        for x in drifts:
+            noise = "unknown" if x["excess"] is None else f"{x['mean'] - x['excess']:.4f}"
+            mass = sum(x["kept_mass"].values()) / len(x["kept_mass"])
+            said = "**yes**" if x["drifted"] else "no"
+            yield f"| {x['domain']} | {x['nearest']} | {x['mean']:.4f} | {noise} | {said} | {mass:.1%} |"
+    names = [x["domain"] for x in drifts]
+    columns = ("layer", "cold experts", "gate mass kept", *(f"kept on {x}, divergence" for x in names))
+    yield from ("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+    for layer, cold in coverage["cold"].items():
+        cells = [f"{len(cold)}: {_ranges(cold)}" if cold else "0", f"{coverage['kept_mass'][layer]:.1%}"]
+        cells += [f"{x['kept_mass'][layer]:.1%}, {x['divergence'][layer]:.4f}" for x in drifts]
+        yield f"| {layer} | {' | '.join(cells)} |"
 
 
 def _kept(report: Mapping[str, Any]) -> Iterator[str]:
