@@ -17,7 +17,7 @@ v_j        variance over its sequences of expert j's share (tokens of one sequen
 
 An evaluation domain has drifted if J less noise, in the mean over layers, is above `DRIFT_BITS` for the calibration
 domain that is nearest to it. On refmoe text of a domain's own other documents gives at most 0.0025 bits and text of the
-nearest other domain at least 0.047; there the loss that half of the experts costs is twice as large already
+nearest other domain at least 0.047; there the loss that half of the experts costs has more than doubled already
 (docs/benchmarks/calibration.md).
 """
 

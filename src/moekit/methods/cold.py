@@ -1,8 +1,8 @@
 """Cold experts: those that calibration text hardly reaches, so that little is known of them.
 
 An expert is cold that fewer than `COLD_TOKENS` tokens of the deciding domains chose. On refmoe, scores per token
-(REAP's) of experts that 100 to 199 tokens chose differ from those of a longer text by 10% in the median and by 28% for
-one in ten; with 10 to 19 tokens by 29% and 82% (docs/benchmarks/calibration.md). To drop a cold expert is what pruning
+(REAP's) of experts that 100 to 199 tokens chose differ from those of a longer text by 10% in the median and by 33% for
+one in ten; with 10 to 19 tokens by 33% and 127% (docs/benchmarks/calibration.md). To drop a cold expert is what pruning
 for a domain is for; one that is kept was kept on thin evidence.
 """
 
