@@ -41,7 +41,8 @@ def cold_notes(plan: Plan, stats: Stats, layout: Layout, domain: Domain = None) 
     gone = plan.dropped_live(layout)
     kept = [x for x in cold if x.expert not in gone.get(x.layer, ())]
     total = sum(layer.num_experts for layer in layout.routed)
-    yield f"cold experts (chosen by fewer than {COLD_TOKENS} tokens): {len(cold)} of {total}, {len(kept) or 'none'} of them kept"
+    stays = f"{len(kept) or 'none'} of them kept"
+    yield f"cold experts (chosen by fewer than {COLD_TOKENS} tokens): {len(cold)} of {total}, {stays}"
     if kept:
         names = ", ".join(map(str, kept[:NAMED])) + (", ..." if len(kept) > NAMED else "")
         yield f"warning: cold experts that are kept ({names}): take more text"
