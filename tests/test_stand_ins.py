@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import zoo
-from moekit.errors import PlanError
+from moekit.apply.bake import bake
+from moekit.data import Batch
+from moekit.errors import CheckpointError, PlanError
+from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.model import Model
 from moekit.families.seam import Call, ExpertRows, Observer
+from moekit.layout import Layout
+from moekit.plans import Drop, Group, Merge, Plan, PlanTensors, Quantize, Replace, constant_name
 from moekit.view import MoEView
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text"]
-OTHERS = ["zaya", "deepseek_v4", "nemotron_h"]
+OTHERS = ["zaya", "nemotron_h"]
 
 
 class Notes(Observer):
@@ -129,3 +137,210 @@ def test_impossible_vectors_are_refused(opened):
     ):
         with pytest.raises(PlanError, match=message), view.replace(wrong):
             pass
+
+
+# ---- as a plan, live and on disk
+
+
+def plan_of(model: Model, folder, experts: tuple[int, ...] = (1, 3, 6), form: str = "moekit", seed: int = 0) -> Plan:
+    """A plan whose vectors are random, as large as what experts give."""
+    store = PlanTensors(folder)
+    for index, by_expert in vectors(model, experts, seed).items():
+        layer = model.layout.by_index[index]
+        store.write(index, {constant_name(layer, e): 0.3 * x.to(model.dtype) for e, x in by_expert.items()})
+    ops = [Replace(layer=x.index, experts=experts, format=form) for x in model.layout.routed]
+    return Plan(layout_hash=model.layout.hash, ops=ops, tensors=str(folder))
+
+
+def logits(model: Model, plan: Plan | None = None) -> torch.Tensor:
+    ids = zoo.inputs(model.layout.family)["input_ids"]
+    return next(logits_of(Subject(model, plan), [Batch(0, ids, torch.ones_like(ids, dtype=torch.bool))], torch.float32))
+
+
+def save_mxfp4(folder: Path) -> None:
+    """A tiny gpt-oss whose experts are blocks of 4-bit numbers."""
+    zoo.build("gpt_oss", intermediate_size=32).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, x in load_file(folder / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = x.shape
+            blocks, scales = (experts, outer, inner // 32, 16), (experts, outer, inner // 32)
+            tensors[name + "_blocks"] = torch.randint(256, blocks, dtype=torch.uint8, generator=generator)
+            tensors[name + "_scales"] = torch.randint(120, 124, scales, dtype=torch.uint8, generator=generator)
+        else:
+            tensors[name] = x.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe", "nemotron_h", "aria_text"])
+def test_the_own_form_is_what_the_live_plan_does_and_smaller(opened, family, tmp_path):
+    model = opened(family)
+    plan = plan_of(model, tmp_path / "new")
+    live = logits(model, plan)
+    assert (live - logits(model)).abs().max() > 1e-2
+    out = bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    saved = out.bytes_before - out.bytes_after
+    assert saved > 0
+    made = Model.open(tmp_path / "out")
+    assert made.layout.quantisation == "moekit"
+    assert all(x.constants == (1, 3, 6) for x in made.layout.routed)
+    assert made.layout.hash != model.layout.hash
+    assert [x.num_experts for x in made.layout.routed] == [x.num_experts for x in model.layout.routed]
+    assert made.layout.total.params < model.layout.total.params
+    if not any("bias" in x.name for x in model.layout.routed[0].tensors if x.role == "expert"):
+        assert plan.saved_bytes(model.layout) == saved
+    assert torch.allclose(logits(made), live, atol=1e-5)
+    assert not list((tmp_path / "out").glob("model*.safetensors"))  # nothing that stock transformers would load
+    loaded = made.load(torch.float32)
+    with torch.inference_mode():
+        whole = loaded(**zoo.inputs(family), use_cache=False).logits
+    assert torch.allclose(whole, live, atol=1e-4)
+    watched, notes = seen(MoEView(loaded, made.layout))
+    assert torch.allclose(watched, live, atol=1e-4)
+    index = made.layout.routed[0].index
+    for expert in {1, 3, 6} & set(notes.outputs[index]):
+        shown = notes.outputs[index][expert].output
+        assert torch.equal(shown, shown[:1].expand_as(shown))
+
+
+def test_the_stock_form_loads_in_stock_transformers(opened, tmp_path):
+    """gpt-oss, whose experts have biases: zero weights, and the bias is the vector."""
+    model = opened("gpt_oss")
+    assert all(layer.output_bias for layer in model.layout.routed)
+    plan = plan_of(model, tmp_path / "new", form="stock")
+    live = logits(model, plan)
+    out = bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    assert out.bytes_after == out.bytes_before
+    stock = Model.open(tmp_path / "out").load(torch.float32)
+    stock.set_experts_implementation("eager")
+    with torch.inference_mode():
+        written = stock(**zoo.inputs("gpt_oss"), use_cache=False).logits
+    assert torch.allclose(written, live, atol=1e-5)
+    assert (live - logits(model)).abs().max() > 1e-2
+    experts = stock.model.layers[0].mlp.experts
+    assert not experts.down_proj[3].any()
+    assert not experts.gate_up_proj[3].any()
+
+
+def test_mxfp4_stays_mxfp4_in_the_stock_form(tmp_path):
+    save_mxfp4(tmp_path / "model")
+    model = Model.open(tmp_path / "model")
+    plan = plan_of(model, tmp_path / "new", form="stock")
+    live = logits(model, plan)
+    bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    made = Model.open(tmp_path / "out")
+    assert made.layout.quantisation == "mxfp4"
+    assert torch.allclose(logits(made), live, atol=1e-5)
+    with pytest.raises(PlanError, match="quantised as mxfp4"):
+        plan_of(model, tmp_path / "new").check(model.layout)
+
+
+def test_a_form_that_the_family_has_not_is_refused(opened, tmp_path):
+    model = opened("mixtral")
+    with pytest.raises(PlanError, match="no place for a constant") as raised:
+        plan_of(model, tmp_path / "new", form="stock").check(model.layout)
+    assert "format: moekit" in raised.value.fix
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_pruning_afterwards_renumbers_the_vectors(opened, family, tmp_path):
+    model = opened(family)
+    bake(model.checkpoint, model.understanding, plan_of(model, tmp_path / "new"), tmp_path / "first")
+    made = Model.open(tmp_path / "first")
+    gone = (0, 6) if family == "deepseek_v3" else (0, 3)
+    ops = [Drop(layer=x.index, experts=gone) for x in made.layout.routed]
+    plan = Plan(layout_hash=made.layout.hash, ops=ops)
+    live = logits(made, plan)
+    bake(made.checkpoint, made.understanding, plan, tmp_path / "second")
+    last = Model.open(tmp_path / "second")
+    expected = (0, 2) if family == "deepseek_v3" else (0, 4)
+    assert all(x.constants == expected for x in last.layout.routed)
+    assert torch.allclose(logits(last), live, atol=1e-5)
+
+
+def test_one_vector_whose_number_is_that_of_its_layer_is_renumbered(opened, tmp_path):
+    model = opened("qwen3_moe")
+    bake(model.checkpoint, model.understanding, plan_of(model, tmp_path / "new", (1,)), tmp_path / "first")
+    made = Model.open(tmp_path / "first")
+    plan = Plan(layout_hash=made.layout.hash, ops=[Drop(layer=x.index, experts=(0,)) for x in made.layout.routed])
+    live = logits(made, plan)
+    bake(made.checkpoint, made.understanding, plan, tmp_path / "second")
+    assert torch.allclose(logits(Model.open(tmp_path / "second")), live, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "aria_text"])
+def test_what_is_left_can_be_quantised_in_the_own_form(opened, family, tmp_path):
+    model = opened(family)
+    bake(model.checkpoint, model.understanding, plan_of(model, tmp_path / "new"), tmp_path / "first")
+    made = Model.open(tmp_path / "first")
+    ops = [Quantize(layer=x.index, bits=8, group_size=8, format="moekit") for x in made.layout.routed]
+    plan = Plan(layout_hash=made.layout.hash, ops=ops)
+    live = logits(made, plan)
+    assert 0 < (live - logits(made)).abs().max() < 0.5
+    bake(made.checkpoint, made.understanding, plan, tmp_path / "second")
+    last = Model.open(tmp_path / "second")
+    assert all(x.constants == (1, 3, 6) for x in last.layout.routed)
+    assert torch.allclose(logits(last), live, atol=1e-5)
+    stock = [op.model_copy(update={"format": "compressed-tensors"}) for op in ops]
+    with pytest.raises(PlanError, match="constants"):
+        plan.model_copy(update={"ops": stock}).check(made.layout)
+
+
+def test_what_cannot_be_written_or_be_is_refused(opened, tmp_path):
+    model = opened("mixtral")
+    plan = plan_of(model, tmp_path / "new")
+    first = plan.ops[0]
+    for ops, message in (
+        ([*plan.ops, first], "twice"),
+        ([first.model_copy(update={"experts": (3, 1)})], "ascending"),
+        ([first.model_copy(update={"experts": (8,)})], "no such expert"),
+        ([first.model_copy(update={"experts": tuple(range(8))})], "must stay"),
+        ([first.model_copy(update={"layer": 9})], "no MoE layer"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            plan.model_copy(update={"ops": ops}).check(model.layout)
+    with pytest.raises(PlanError, match="are not there"):
+        plan.model_copy(update={"tensors": ""}).check(model.layout)
+    both = plan.model_copy(update={"ops": [*plan.ops, Drop(layer=0, experts=(0,))]})
+    with pytest.raises(PlanError, match="a plan of their own"):
+        both.check_bakeable(model.layout)
+    bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    made = Model.open(tmp_path / "out")
+    again = plan.model_copy(update={"layout_hash": made.layout.hash})
+    with pytest.raises(PlanError, match="already"):
+        again.check(made.layout)
+    merge = Merge(layer=0, groups=(Group(members=(0, 3), weights=(0.5, 0.5)),))
+    with pytest.raises(PlanError, match="cannot be merged"):
+        Plan(layout_hash=made.layout.hash, ops=[merge]).check(made.layout)
+
+
+def test_plans_with_vectors_survive_json_and_layouts_too(opened, tmp_path):
+    model = opened("mixtral")
+    plan = plan_of(model, tmp_path / "new")
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert plan.kind == "replace"
+    bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    layout = Model.open(tmp_path / "out").layout
+    back = Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert back.hash == layout.hash
+    assert [x.constants for x in back.routed] == [x.constants for x in layout.routed]
+
+
+def test_an_expert_with_vector_and_weights_or_neither_is_found_out(opened, tmp_path):
+    model = opened("qwen3_moe")
+    bake(model.checkpoint, model.understanding, plan_of(model, tmp_path / "new"), tmp_path / "out")
+    file = next((tmp_path / "out").glob("*.safetensors"))
+    tensors = load_file(file)
+    vector = next(x for x in tensors if x.endswith("experts.3.constant"))
+    broken = {name: x for name, x in tensors.items() if name != vector}
+    save_file(broken, file)
+    with pytest.raises(CheckpointError, match="has not the 8 experts"):
+        Model.open(tmp_path / "out")
+    weight = next(x for x in tensors if x.endswith("experts.2.up_proj.weight"))
+    save_file(tensors | {weight.replace("experts.2.", "experts.3."): tensors[weight].clone()}, file)
+    with pytest.raises(CheckpointError, match="one for expert 3"):
+        Model.open(tmp_path / "out")

@@ -115,6 +115,8 @@ class MoELayer:
         tensors: the tensors on disk that have an expert dimension.
         expert_bytes: bytes on disk of one routed expert.
         mtp: a multi-token-prediction layer: on disk, not run by the stock model.
+        output_bias: the experts' last step adds a bias of its own to each.
+        constants: experts whose output is a constant vector, ascending (MoNE).
     """
 
     index: int
@@ -133,6 +135,8 @@ class MoELayer:
     mtp: bool = False
     tables: tuple[str, ...] = ()
     width: int = 0
+    output_bias: bool = False
+    constants: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,9 @@ class Layout:
     def hash(self) -> str:
         """16 hex digits that name this structure (not its weights): plans and statistics carry it."""
         rows = [
-            [x.index, x.num_experts, x.top_k, x.inner_size, x.shared_experts, asdict(x.router)] for x in self.layers
+            [x.index, x.num_experts, x.top_k, x.inner_size, x.shared_experts, asdict(x.router)]
+            + ([list(x.constants)] if x.constants else [])
+            for x in self.layers
         ]
         text = json.dumps([self.family, self.hidden_size, self.num_layers, self.vocab_size, rows], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -227,6 +233,7 @@ class Layout:
                     "router": Router(**row["router"]),
                     "correction_biases": tuple(row["correction_biases"]),
                     "tables": tuple(row["tables"]),
+                    "constants": tuple(row.get("constants", ())),
                     "tensors": (),
                 }
             )

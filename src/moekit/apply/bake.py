@@ -25,13 +25,15 @@ import torch
 from moekit import __version__
 from moekit.apply.made import MadeTensors
 from moekit.apply.quantize import NOTE, OWN_NOTE, quantisation_config, quantised_tensors
+from moekit.apply.standins import NOTE as STAND_INS_NOTE
+from moekit.apply.standins import Readers, own_tensors, with_stand_ins
 from moekit.checkpoint.place import write_text
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
 from moekit.checkpoint.writer import STEM, Copy, Make, OutTensor, write_checkpoint
 from moekit.errors import ModelError, OutputError
 from moekit.families.detect import Understanding, set_expert_count
 from moekit.families.loader import Loader
-from moekit.families.packings import OWN
+from moekit.families.packings import OWN, OWN_VERSION
 from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plans import Plan, PlanTensors
@@ -121,7 +123,7 @@ def bake(
         config,
         [(checkpoint.path / x, x) for x in sides if x.as_posix() not in foreign],
         job={"source": checkpoint.fingerprint, "plan": plan_hash, "moekit": __version__},
-        stem=OWN if OWN in (plan.packed_form, understanding.layout.quantisation) else STEM,
+        stem=OWN if plan.own_form or understanding.layout.quantisation == OWN else STEM,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,
@@ -141,8 +143,11 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     plan.check_bakeable(layout)
     dropped = plan.dropped()
     dense = bool(plan.merges() or plan.values())
-    readers = MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
-    gone = set(_mtp_tensors(understanding)) if dropped else set()
+    readers: Readers = (
+        MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
+    )
+    readers = with_stand_ins(readers, checkpoint, understanding, plan)
+    gone = set(_mtp_tensors(understanding)) if _leaves_out_experts(plan) else set()
     new: dict[str, OutTensor] = {}
     for layer in layout.routed:
         if layer.index in dropped:
@@ -162,10 +167,17 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
             if name not in new and name not in gone:
                 new[name] = replace(_copy(checkpoint.info(name), name), source=Make(read))
     names = {source: tensor.name for source, tensor in new.items()}
-    quantised = quantised_tensors(checkpoint, understanding, plan, readers, names)
+    instead = quantised_tensors(checkpoint, understanding, plan, readers, names)
+    replaced = [layout.by_index[index] for index in plan.replaced()]
+    single = {x.index: [(name, e) for name, e, _ in _of_one_expert(x, understanding.unused)] for x in replaced}
+    instead |= own_tensors(checkpoint, understanding, plan, single)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
-    out = (quantised.get(x.name) or [new.get(x.name) or _copy(x, x.name)] for x in infos if x.name not in gone)
+    out = (instead.get(x.name, [new.get(x.name) or _copy(x, x.name)]) for x in infos if x.name not in gone)
     return [tensor for tensors in out for tensor in tensors]
+
+
+def _leaves_out_experts(plan: Plan) -> bool:
+    return bool(plan.dropped()) or any(op.format == OWN for op in plan.replaced().values())
 
 
 def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Plan) -> tuple[dict, list[str]]:
@@ -175,7 +187,10 @@ def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     if plan.packed_form:
         config = config | {"quantization_config": quantisation_config(checkpoint, understanding, plan)}
         notes.append(OWN_NOTE if plan.packed_form == OWN else NOTE)
-    if not plan.dropped():
+    elif plan.own_form and not layout.quantisation:
+        config = config | {"quantization_config": {"quant_method": OWN, "version": OWN_VERSION}}
+        notes.append(STAND_INS_NOTE)
+    if not _leaves_out_experts(plan):
         return config, notes
     config = set_expert_count(config, layout.expert_count_keys, len(plan.kept(layout.routed[0])))
     if removed := _mtp_tensors(understanding):
@@ -267,6 +282,8 @@ def _of_one_expert(layer: MoELayer, unused: list[str]) -> Iterator[tuple[str, in
     for members in kinds.values():
         numbers = range(1, len(members[0][2]), 2)
         places = [i for i in numbers if all(int(parts[i]) == expert for _, expert, parts in members)]
+        if len({expert for _, expert, _ in members}) == 1:
+            places = places[-1:]  # the layer may have the same number
         if not places:
             raise ModelError("cannot tell where this name says which expert it is", where=members[0][0])
         for name, expert, parts in members:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from moekit.apply.dynamic import pruning
 from moekit.apply.made import changes_weights, editing
+from moekit.apply.standins import vectors
 from moekit.apply.steer import steering
 from moekit.errors import PlanError
 from moekit.families.loader import Loader
@@ -20,7 +22,8 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
     Dropped experts are banned at the router: their logits (and correction biases) become minus infinity before the
     family's own code chooses and normalises, which is what leaving out their rows does. Merged experts take the place
     of their dominant one as the layer is read, the others of the group are banned. New values take their places, and
-    quantised weights are rounded, as the layer is read. Routers are steered. Nothing of it stays afterwards.
+    quantised weights are rounded, as the layer is read. Vectors stand for experts; routers are steered; experts that
+    weigh little for a token are not run. Nothing of it stays afterwards.
 
     Args:
         view: of the model that the plan was made for.
@@ -36,7 +39,12 @@ def live(view: MoEView, plan: Plan, loader: Loader | None = None) -> Iterator[Mo
     if loader is not None:
         editing(loader, view.layout, plan)
     try:
-        with view.ban(plan.dropped_live(view.layout)), steering(view, plan.steers()):
+        with (
+            view.ban(plan.dropped_live(view.layout)),
+            view.replace(vectors(plan, view.layout)),
+            steering(view, plan.steers()),
+            pruning(view, plan.dynamic()),
+        ):
             yield view
     finally:
         if loader is not None:

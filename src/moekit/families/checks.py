@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from transformers import PreTrainedModel
 
@@ -56,7 +57,13 @@ def check_numbers(checkpoint: Checkpoint, model: PreTrainedModel, placed: dict[s
             )
 
 
-def check_experts(checkpoint: Checkpoint, placements: list[Placement], count: int, of_own_width: bool = False) -> None:
+def check_experts(
+    checkpoint: Checkpoint,
+    placements: list[Placement],
+    count: int,
+    of_own_width: bool = False,
+    constants: Collection[int] = (),
+) -> None:
     """Refuse a layer of which not every one of `count` experts has every tensor, or which has more.
 
     Args:
@@ -64,6 +71,7 @@ def check_experts(checkpoint: Checkpoint, placements: list[Placement], count: in
         placements: of the layer's tensors.
         count: number of experts.
         of_own_width: experts may be packed or not, one by one.
+        constants: experts that have none of these tensors.
 
     Raises:
         CheckpointError: see above.
@@ -74,8 +82,9 @@ def check_experts(checkpoint: Checkpoint, placements: list[Placement], count: in
             suffix = "" if of_own_width else placement.suffix
             found[placement.key, placement.pattern, suffix].add(placement.expert)
     for (key, pattern, suffix), experts in found.items():
-        if experts != set(range(count)):
-            absent, extra = sorted(set(range(count)) - experts), sorted(experts - set(range(count)))
+        expected = set(range(count)) - set(constants)
+        if experts != expected:
+            absent, extra = sorted(expected - experts), sorted(experts - expected)
             raise CheckpointError(
                 f"a layer has not the {count} experts on disk that config.json asks for",
                 where=f"{checkpoint.path}: {key}",

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.errors import ModelError
 from moekit.families.checks import check_complete, check_experts, check_numbers
+from moekit.families.constants import split_constants
 from moekit.families.family import Family, family_of
 from moekit.families.names import NameMap, Placement, disk_axis, grown_axes
 from moekit.families.packings import OWN, PACKED, Packing, packing_of
@@ -72,11 +73,12 @@ def understand(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Under
         )
     names = NameMap(model)
     placed, unused = names.place_all(checkpoint.tensors)
+    constants, unused = split_constants(unused, experts)
     check_complete(checkpoint, model, placed)
     check_numbers(checkpoint, model, placed)
     keys = expert_count_keys(config, {_num_experts(model, at) for at in experts})
     axes = grown_axes(names.shapes, _grown_shapes(config, keys, trust_remote_code))
-    layers = _layers(checkpoint, config, model, family, experts, placed, axes)
+    layers = _layers(checkpoint, config, model, family, experts, placed, axes, constants)
     stack = model.get_submodule(experts[0].layers_path)
     layers += mtp_layers(checkpoint, layers, unused, len(stack))
     packing = packing_of(config)
@@ -234,6 +236,7 @@ def _layers(
     experts: list[ExpertsAt],
     placed: dict[str, Placement],
     axes: dict[str, int],
+    constants: dict[int, dict[int, str]],
 ) -> list[MoELayer]:
     in_layer = defaultdict(list)
     depth = len(experts[0].layers_path.split("."))
@@ -254,7 +257,9 @@ def _layers(
         tables = tuple(f"{where}.{x}" for x in described.tables)
         mine = [x for x in in_layer[at.layer] if x.key.startswith(block)]
         mine = [x for x in mine if len(x.keys) == 1 or x.expert is None or x.expert < count]  # the rest are another set
-        check_experts(checkpoint, mine, count, of_own_width=packing_of(config) == Packing(OWN))
+        vectors = constants.get(at.layer, {})
+        own = packing_of(config) == Packing(OWN)
+        check_experts(checkpoint, mine, count, of_own_width=own, constants=vectors if own else {})
         tensors = [ExpertTensor(x.name, "table") for x in (placed.values() if tables else ()) if x.key in tables]
         expert_bytes = 0
         for placement in sorted(mine, key=lambda x: (x.key, x.expert or 0, x.name)):
@@ -270,6 +275,7 @@ def _layers(
             tensors.append(ExpertTensor(placement.name, "expert" if is_expert else "router", placement.expert, axis))
             expert_bytes += info.bytes if is_expert else 0
         path = f"{at.layers_path}.{at.layer}"
+        tensors += [ExpertTensor(name, "expert", expert) for expert, name in sorted(vectors.items())]
         layers.append(
             MoELayer(
                 index=at.layer,
@@ -285,8 +291,10 @@ def _layers(
                 width=module.down_proj[0].numel() // inner_size,
                 shared_experts=_shared(config, model.get_submodule(path)),
                 tensors=tuple(tensors),
-                expert_bytes=expert_bytes // count,
+                expert_bytes=expert_bytes // (count - len(vectors)),
                 tables=tables,
+                output_bias=family.biased(module),
+                constants=tuple(sorted(vectors)),
             )
         )
     return layers

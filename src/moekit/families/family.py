@@ -94,6 +94,10 @@ class Family:
 
     def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.
+    def biased(self, experts: nn.Module) -> bool:
+        """Whether the last step of `experts` is to add a bias of its own to each."""
+        return bool("down_proj_bias" in self.expert_form(experts).names and not experts.has_post_expert_norm)
+
 
         Raises:
             TypeError: the outputs do not hold exactly one of each.

@@ -19,6 +19,7 @@ from moekit.checkpoint.packing import dequantise_packed
 from moekit.checkpoint.reader import DTYPES, Checkpoint
 from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
+from moekit.families.constants import is_constant
 from moekit.families.detect import Understanding, dtype_of
 from moekit.families.family import ExpertForm
 from moekit.families.names import COMPANIONS, PACKED_SUFFIX, SCALES, Placement, convert
@@ -87,6 +88,11 @@ class Loader:
             self._groups[self._layer_of(placement.key)][placement.key].append(placement)
         self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
         self.edit: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+        self._constants = {
+            layer.index: {x.expert: x.name for x in layer.tensors if x.expert is not None and is_constant(x.name)}
+            for layer in understanding.layout.routed
+        }
+        self._take_away: dict[int, Callable[[], None]] = {}  # undoes what `attach` did for constants
         self._tied = dict(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _layer_of(self, key: str) -> int:
@@ -130,6 +136,7 @@ class Loader:
         target, converter = self._meta.get(key), weights[0].converter
         if target is not None and all(x.expert is not None and x.stacks for x in weights):
             return {key: self._stack(key, weights, scales, target)}
+        out |= {name: self.checkpoint.read(name) for name in self._constants.get(index, {}).values()}
         tensors = {x.name: self._numbers(x, scales) for x in weights}
         made = (
             {key: tensors[weights[0].name]} if converter is None else convert(converter, weights, tensors, self.model)
@@ -166,7 +173,8 @@ class Loader:
         sources = group[0].sources or [""]
         turned = group[0].converter is None and self._transposed(key)  # packed by moekit: rows are outputs
         widths = {x.pattern: self.checkpoint.info(x.name).shape[0] for x in group}
-        if len(group) != target.shape[0] * len(sources) or (
+        constants = self._constants_of(key)
+        if len(group) != (target.shape[0] - len(constants)) * len(sources) or (
             len(sources) > 1 and sum(widths.values()) != target.shape[1]
         ):
             raise CheckpointError(
@@ -190,6 +198,8 @@ class Loader:
             if dtype == DTYPES[info.dtype] and part.is_contiguous():
                 self.checkpoint.read_into(info, part)
             else:
+        for expert in constants:
+            out[expert].zero_()
                 part.copy_(self._numbers(placement, scales))
         return out
 
@@ -208,6 +218,12 @@ class Loader:
         return next((dtype for pattern, dtype in self._plan if pattern.search(key)), target.dtype)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def _constants_of(self, key: str) -> dict[int, str]:
+        """The experts that a parameter has no weights of, for constants stand for them."""
+        layer = self.understanding.layout.by_index.get(self._layer_of(key))
+        ours = layer is not None and key.startswith(layer.experts_path + ".")
+        return self._constants.get(layer.index, {}) if layer and ours else {}
+
         spare = self._spare[(tuple(shape), dtype)]
         return spare.pop() if spare else torch.empty(shape, dtype=dtype)
 
@@ -218,7 +234,8 @@ class Loader:
             CheckpointError: a parameter of this layer stays empty.
         """
         for key, tensor in tensors.items():
-            self._set(key, tensor.to(self.device, non_blocking=True))
+            if not is_constant(key):
+                self._set(key, tensor.to(self.device, non_blocking=True))
         if index == OUTER:
             self.model.tie_weights()
             return
@@ -237,6 +254,11 @@ class Loader:
             )
 
     def detach(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        names = self._constants.get(index, {})
+        if vectors := {expert: tensors[name].to(self.device) for expert, name in names.items() if name in tensors}:
+            layer = self.understanding.layout.by_index[index]
+            experts, router = (self.model.get_submodule(x) for x in (layer.experts_path, layer.router_path))
+            self._take_away[index] = self._family.place_constants(experts, router, vectors)
         """Empty the layer again; the CPU memory of its experts is used for a later layer."""
         for key, tensor in tensors.items():
             if key in self._meta:
@@ -253,6 +275,7 @@ class Loader:
 
     def _set(self, key: str, tensor: torch.Tensor) -> None:
         path, _, name = key.rpartition(".")
+        self._take_away.pop(index, lambda: None)()
         module = self.model.get_submodule(path)
         if name in module._parameters:
             module._parameters[name] = (

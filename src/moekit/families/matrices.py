@@ -17,6 +17,7 @@ from torch import nn
 
 from moekit.checkpoint.reader import Checkpoint
 from moekit.errors import PlanError
+from moekit.families.constants import is_constant
 from moekit.families.detect import TOWERS, Understanding
 from moekit.families.parts import part_of
 from moekit.layout import MoELayer
@@ -85,7 +86,7 @@ def expert_matrices(checkpoint: Checkpoint, understanding: Understanding, layer:
     form = understanding.family.expert_form(experts)
     out = []
     for tensor in layer.tensors:
-        if tensor.role != "expert":
+        if tensor.role != "expert" or is_constant(tensor.name):
             continue
         info, placement = checkpoint.info(tensor.name), understanding.placed[tensor.name]
         shape = shapes[placement.key]
@@ -106,9 +107,9 @@ def expert_matrices(checkpoint: Checkpoint, understanding: Understanding, layer:
                 got=f"{info.dtype} {list(info.shape)}" + (", all experts in one" if fused else ""),
                 fix="prune or merge it instead, or use a checkpoint of the family in another form",
             )
-        turned = fused and form.transposed
-        rows, columns = (info.shape[2], info.shape[1]) if turned else info.shape[-2:]
-        start = 0 if fused else placement.sources.index(placement.pattern) * rows
+        turned = form.transposed and placement.converter is None  # what moekit wrote of such a tensor is [O, I] too
+        rows, columns = (info.shape[2], info.shape[1]) if turned and fused else info.shape[-2:]
+        start = placement.sources.index(placement.pattern) * rows if placement.converter else 0
         for expert in range(layer.num_experts) if fused else (tensor.expert,):
             name = f"{info.name}.{expert}{WEIGHT}" if fused else info.name
             out.append(Matrix(name, info.name, placement.key, expert, start, rows, columns, info.dtype, fused, turned))

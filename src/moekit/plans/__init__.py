@@ -4,10 +4,14 @@ Methods make plans; `moekit.apply` carries them out, on disk (bake) or on a live
 that it was made for and is checked against it before anything is loaded.
 """
 
+from moekit.plans.base import Op
 from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
 from moekit.plans.counts import drop_lowest, keep_count
-from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Op, Quantize, QuantizeDense, Values
+from moekit.plans.dynamic import Odp
+from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Quantize, QuantizeDense, Values
 from moekit.plans.plan import ITEMSIZE, Plan
+from moekit.plans.standins import Replace, constant_name
+from moekit.plans.steering import Scope, Steer, check_steering
 from moekit.plans.tensors import PlanTensors
 
 __all__ = [
@@ -18,17 +22,23 @@ __all__ = [
     "Drop",
     "Group",
     "Merge",
+    "Odp",
     "Op",
     "Plan",
     "PlanTensors",
     "Quantize",
     "QuantizeDense",
+    "Replace",
+    "Scope",
+    "Steer",
     "Values",
     "check_droppable",
     "check_feasible",
     "check_merge",
     "check_quantised",
+    "check_steering",
     "check_values",
+    "constant_name",
     "drop_lowest",
     "keep_count",
 ]

@@ -34,6 +34,22 @@ def check_merge(merge: Merge, ops: Sequence[Op]) -> None:
         raise PlanError("an expert cannot be dropped and merged", where=where, got=sorted(dropped & set(members)))
 
 
+def check_no_constants(merge: Merge, layer: MoELayer) -> None:
+    """Refuse to merge an expert that is a constant vector: it has no weights.
+
+    Raises:
+        PlanError: there is one in a group.
+    """
+    found = sorted({e for group in merge.groups for e in group.members} & set(layer.constants))
+    if found:
+        raise PlanError(
+            "an expert that is a constant cannot be merged",
+            where=f"layer {layer.index}",
+            got=found,
+            fix="merge first, then let constants stand for what is left over",
+        )
+
+
 def check_quantised(ops: Sequence[Op], layout: Layout, tensors: str) -> None:
     """Refuse what cannot be quantised, or not in the form that is asked for.
 
@@ -46,7 +62,8 @@ def check_quantised(ops: Sequence[Op], layout: Layout, tensors: str) -> None:
     for layers in ([op.layer for op in experts], [op.layer for op in dense]):
         if len(set(layers)) < len(layers):
             raise PlanError("a layer can be quantised once", got=sorted(layers))
-    if layout.quantisation:
+    constants = any(layer.constants for layer in layout.layers)  # then in the own form, and maybe nothing is packed
+    if layout.quantisation and not constants:
         raise PlanError(
             "this model is quantised already", got=layout.quantisation, fix="start from the unquantised checkpoint"
         )
@@ -65,6 +82,11 @@ def check_quantised(ops: Sequence[Op], layout: Layout, tensors: str) -> None:
             "the output head is the input embedding: there is one tensor for both", fix="give bits to the embeddings"
         )
     if rounding and rounding[0].format == "compressed-tensors":
+        if constants:
+            raise PlanError(
+                "some experts of this model are constants, which stock transformers has no form for",
+                fix="write it in moekit's own form (format: moekit)",
+            )
         _check_stock(experts, dense, layout)
 
 

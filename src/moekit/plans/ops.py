@@ -8,19 +8,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moekit.layout import MoELayer
+from moekit.plans.base import Op
+from moekit.plans.dynamic import Odp
+from moekit.plans.standins import Replace
+from moekit.plans.steering import Steer
 
 OUTER = -1  # the layer of an op on what is in no decoder layer
 UNQUANTISED = 16  # the bits of what stays as it is
 DENSE_PARTS = ("attention", "shared experts", "dense MLP", "embeddings", "head")
 Width = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16]
-
-
-class Op(BaseModel):
-    """One change to one layer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layer: int
 
 
 class Drop(Op):
@@ -161,4 +157,6 @@ class Values(Op):
     names: tuple[str, ...]
 
 
-AnyOp = Annotated[Drop | Merge | Quantize | QuantizeDense | Values, Field(discriminator="op")]
+AnyOp = Annotated[
+    Drop | Merge | Quantize | QuantizeDense | Values | Replace | Odp | Steer, Field(discriminator="op")
+]

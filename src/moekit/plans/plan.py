@@ -12,8 +12,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
 from moekit.markup import html_table
-from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
+from moekit.plans.checks import (
+    check_droppable,
+    check_feasible,
+    check_merge,
+    check_no_constants,
+    check_quantised,
+    check_values,
+)
+from moekit.plans.dynamic import Odp, check_dynamic, check_no_dynamics
 from moekit.plans.ops import OUTER, AnyOp, Drop, Merge, Quantize, QuantizeDense, Values, share_of
+from moekit.plans.standins import OWN, Replace, check_alone, check_replaced
+from moekit.plans.steering import Steer, check_no_steering, check_steering
 
 VERSION = 1
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -63,11 +73,15 @@ class Plan(BaseModel):
         return {op.layer: op for op in self.ops if isinstance(op, Merge)}
 
     @property
-    def kind(self) -> Literal["prune", "merge", "quantize", "heal"]:
+    def kind(self) -> Literal["prune", "merge", "replace", "quantize", "heal", "live", "steer"]:
         """What the changes are."""
         if self.quantised() or self.quantised_dense():
             return "quantize"
-        return "merge" if self.merges() else "heal" if self.values() and not self.dropped() else "prune"
+        if self.merges() or self.dropped():
+            return "merge" if self.merges() else "prune"
+        if self.replaced() or self.values():
+            return "replace" if self.replaced() else "heal"
+        return "live" if self.dynamic() else "steer" if self.steers() else "prune"
 
     def values(self) -> dict[int, Values]:
         """The new parameters of each layer that has some."""
@@ -85,6 +99,23 @@ class Plan(BaseModel):
     def packed_form(self) -> str | None:
         """The form that quantised weights are written in; None where the plan quantises nothing."""
         return next((op.format for op in self.ops if isinstance(op, Quantize | QuantizeDense)), None)
+
+    def replaced(self) -> dict[int, Replace]:
+        """The experts of each layer that vectors stand for, where there are any."""
+        return {op.layer: op for op in self.ops if isinstance(op, Replace)}
+
+    def dynamic(self) -> dict[int, Odp]:
+        """How each layer is pruned dynamically, where it is."""
+        return {op.layer: op for op in self.ops if isinstance(op, Odp)}
+
+    @property
+    def own_form(self) -> bool:
+        """Whether what the plan makes is written in moekit's own form, which stock transformers does not load."""
+        return self.packed_form == OWN or any(op.format == OWN for op in self.replaced().values())
+
+    def steers(self) -> list[Steer]:
+        """What is done to routers' choices and weights, live."""
+        return [op for op in self.ops if isinstance(op, Steer)]
 
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
@@ -117,14 +148,21 @@ class Plan(BaseModel):
             check_merge(op, self.ops)
             if max(e for group in op.groups for e in group.members) >= layout.by_index[index].num_experts:
                 raise PlanError(f"layer {index} has not that many experts", expected=layout.by_index[index].num_experts)
+            check_no_constants(op, layout.by_index[index])
         if self.packed_form:
             check_quantised(self.ops, layout, self.tensors)
         if self.values():
             check_values(self.ops, self.tensors)
+        check_steering(self.ops, layout)
+        check_replaced(self.ops, layout, self.tensors)
+        check_dynamic(self.ops, layout)
 
     def check_bakeable(self, layout: Layout) -> None:
         """Refuse a plan whose result no stock model loads: layers with different numbers of experts or bits."""
         self.check(layout)
+        check_no_steering(self.ops)
+        check_no_dynamics(self.ops)
+        check_alone(self.ops)
         ways = [self.quantised().get(layer.index) for layer in layout.routed]
         stock = self.packed_form == "compressed-tensors"
         if stock and len({x and (x.bits, x.group_size) for x in ways}) > 1:
@@ -146,6 +184,10 @@ class Plan(BaseModel):
         """Bytes on disk that the plan saves, about (router rows and norms are left out)."""
         saved = sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
         itemsize = ITEMSIZE.get(layout.dtype, 2)
+        for index, replace in self.replaced().items():
+            if replace.format == OWN:
+                layer = layout.by_index[index]
+                saved += len(replace.experts) * (layer.expert_bytes - layer.width * itemsize)
         for index, op in self.quantised().items():
             layer = layout.by_index[index]
             shares = [op.share(layer, itemsize, e) for e in self.kept(layer)]
