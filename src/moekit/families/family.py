@@ -92,12 +92,12 @@ class Family:
         names = frozenset(name for name, x in experts.named_parameters(recurse=False) if len(x) == experts.num_experts)
         return ExpertForm(names, experts.has_gate, not experts.is_concatenated, experts.is_transposed)
 
-    def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.
     def biased(self, experts: nn.Module) -> bool:
         """Whether the last step of `experts` is to add a bias of its own to each."""
         return bool("down_proj_bias" in self.expert_form(experts).names and not experts.has_post_expert_norm)
 
+    def routing(self, outputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find (weights_TK, ids_TK) in what the router returned, by dtype and shape.
 
         Raises:
             TypeError: the outputs do not hold exactly one of each.

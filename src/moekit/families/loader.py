@@ -86,13 +86,13 @@ class Loader:
         self._groups: dict[int, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
         for placement in understanding.placed.values():
             self._groups[self._layer_of(placement.key)][placement.key].append(placement)
-        self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
-        self.edit: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
         self._constants = {
             layer.index: {x.expert: x.name for x in layer.tensors if x.expert is not None and is_constant(x.name)}
             for layer in understanding.layout.routed
         }
         self._take_away: dict[int, Callable[[], None]] = {}  # undoes what `attach` did for constants
+        self._spare: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+        self.edit: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
         self._tied = dict(getattr(self.model, "all_tied_weights_keys", {}))
 
     def _layer_of(self, key: str) -> int:
@@ -128,6 +128,7 @@ class Loader:
             if index == OUTER and re.search(r"vision|visual|audio", key):
                 continue  # text needs no towers
             out |= self._read_parameter(key, group)
+        out |= {name: self.checkpoint.read(name) for name in self._constants.get(index, {}).values()}
         return self.edit(index, out) if self.edit else out
 
     def _read_parameter(self, key: str, group: list[Placement]) -> dict[str, torch.Tensor]:
@@ -136,7 +137,6 @@ class Loader:
         target, converter = self._meta.get(key), weights[0].converter
         if target is not None and all(x.expert is not None and x.stacks for x in weights):
             return {key: self._stack(key, weights, scales, target)}
-        out |= {name: self.checkpoint.read(name) for name in self._constants.get(index, {}).values()}
         tensors = {x.name: self._numbers(x, scales) for x in weights}
         made = (
             {key: tensors[weights[0].name]} if converter is None else convert(converter, weights, tensors, self.model)
@@ -183,6 +183,8 @@ class Loader:
                 expected=list(target.shape),
                 got=f"{len(group)} tensors",
             )
+        for expert in constants:
+            out[expert].zero_()
         starts, position = {}, 0
         for pattern in sources:
             starts[pattern] = position
@@ -198,10 +200,14 @@ class Loader:
             if dtype == DTYPES[info.dtype] and part.is_contiguous():
                 self.checkpoint.read_into(info, part)
             else:
-        for expert in constants:
-            out[expert].zero_()
                 part.copy_(self._numbers(placement, scales))
         return out
+
+    def _constants_of(self, key: str) -> dict[int, str]:
+        """The experts that a parameter has no weights of, for constants stand for them."""
+        layer = self.understanding.layout.by_index.get(self._layer_of(key))
+        ours = layer is not None and key.startswith(layer.experts_path + ".")
+        return self._constants.get(layer.index, {}) if layer and ours else {}
 
     def _transposed(self, key: str) -> bool:
         return self.expert_form(key.rpartition(".")[0]).transposed
@@ -218,12 +224,6 @@ class Loader:
         return next((dtype for pattern, dtype in self._plan if pattern.search(key)), target.dtype)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    def _constants_of(self, key: str) -> dict[int, str]:
-        """The experts that a parameter has no weights of, for constants stand for them."""
-        layer = self.understanding.layout.by_index.get(self._layer_of(key))
-        ours = layer is not None and key.startswith(layer.experts_path + ".")
-        return self._constants.get(layer.index, {}) if layer and ours else {}
-
         spare = self._spare[(tuple(shape), dtype)]
         return spare.pop() if spare else torch.empty(shape, dtype=dtype)
 
@@ -239,6 +239,11 @@ class Loader:
         if index == OUTER:
             self.model.tie_weights()
             return
+        names = self._constants.get(index, {})
+        if vectors := {expert: tensors[name].to(self.device) for expert, name in names.items() if name in tensors}:
+            layer = self.understanding.layout.by_index[index]
+            experts, router = (self.model.get_submodule(x) for x in (layer.experts_path, layer.router_path))
+            self._take_away[index] = self._family.place_constants(experts, router, vectors)
         empty = [
             key
             for key in self._names(index)
@@ -254,12 +259,8 @@ class Loader:
             )
 
     def detach(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        names = self._constants.get(index, {})
-        if vectors := {expert: tensors[name].to(self.device) for expert, name in names.items() if name in tensors}:
-            layer = self.understanding.layout.by_index[index]
-            experts, router = (self.model.get_submodule(x) for x in (layer.experts_path, layer.router_path))
-            self._take_away[index] = self._family.place_constants(experts, router, vectors)
         """Empty the layer again; the CPU memory of its experts is used for a later layer."""
+        self._take_away.pop(index, lambda: None)()
         for key, tensor in tensors.items():
             if key in self._meta:
                 self._set(key, self._meta[key])
@@ -275,7 +276,6 @@ class Loader:
 
     def _set(self, key: str, tensor: torch.Tensor) -> None:
         path, _, name = key.rpartition(".")
-        self._take_away.pop(index, lambda: None)()
         module = self.model.get_submodule(path)
         if name in module._parameters:
             module._parameters[name] = (
