@@ -69,10 +69,12 @@ class Family:
     Attributes:
         cannot_run: why moekit cannot run the family's models, only inspect and copy them ("" when it can).
         cannot_drop: why its experts cannot be removed, though all else works ("" when they can).
+        by_contract: experts are modules that are given the chosen ids, and run those only.
     """
 
     cannot_run = ""
     cannot_drop = ""
+    by_contract = True
 
     def is_experts(self, module: nn.Module) -> bool:
         """Whether `module` holds stacked routed experts."""
@@ -109,6 +111,10 @@ class Family:
             raise TypeError(f"router returned {[tuple(x.shape) for x in tensors]}")
         return weights[-1], ids[0]
 
+    def sum_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
+        """The dtype in which transformers' eager experts of the family add up the outputs of a token's experts."""
+        return hidden
+
     def refine(self, probed: Probed) -> Probed:
         """Correct what probing a router cannot tell."""
         return probed
@@ -120,6 +126,19 @@ class Family:
     def chosen(self, layer: MoELayer, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts that really run: `ids_TK`, with E where the slot stays empty."""
         return ids_TK
+
+    def inner(self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """What an expert's down projection is given for inputs of the expert [N, D]: [N, I]."""
+        up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+        bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
+        weight = up[expert].T if experts.is_transposed else up[expert]
+        mid = nn.functional.linear(hidden_ND, weight, None if bias is None else bias[expert])
+        return experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
+
+    def output(self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """What an expert makes of inputs [N, D], unweighted: [N, D]."""
+        ids_N1 = torch.full((len(hidden_ND), 1), expert, device=hidden_ND.device)
+        return experts.forward(hidden_ND, ids_N1, torch.ones_like(hidden_ND[:, :1]))
 
     @contextmanager
     def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:
@@ -248,8 +267,11 @@ class Family:
 _EXCEPTIONS: dict[str, str] = {
     "diffusion_gemma_text": "diffusion_gemma:DiffusionGemma",
     "ernie4_5_vl_moe_text": "ernie4_5_vl:Ernie45VL",
+    "inkling2_text": "wide_sums:Float32",
     "inkling_text": "inkling:Inkling",
     "llama4_text": "llama4:Llama4",
+    "nemotron_h": "wide_sums:WeightsDtype",
+    "openai_privacy_filter": "wide_sums:Float32",
     "phimoe": "phimoe:PhiMoE",
     "zaya": "zaya:Zaya",
 }

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Llama4(Family):
     """Dense execution, weighted inputs; an expert's observed output is f(g x), so g times its norm is never taken."""
 
+    by_contract = False
+
     def is_experts(self, module: nn.Module) -> bool:
         """Known by their class: they carry no contract."""
         return type(module).__name__ == "Llama4TextExperts"
@@ -43,6 +45,15 @@ class Llama4(Family):
     def refine(self, probed: Probed) -> Probed:
         """Say that weights go in, not out."""
         return replace(probed, router=replace(probed.router, weighs_input=True))
+
+    def inner(self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Gate times up; the inputs are weighted already."""
+        gate, up = (hidden_ND @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        return up * experts.act_fn(gate)
+
+    def output(self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Of one expert: running the module would run all."""
+        return self.inner(experts, expert, hidden_ND) @ experts.down_proj[expert]
 
     @contextmanager
     def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:

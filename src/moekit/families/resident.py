@@ -1,0 +1,55 @@
+"""A stock model of which some parameters stay empty: built from a config, filled by name, its experts run by others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moekit.checkpoint.reader import read_config
+from moekit.errors import CheckpointError
+from moekit.families.stock import build, load_config
+from moekit.layout import Layout
+
+
+def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The stock model of a folder's config.json, its parameters empty, what no checkpoint holds computed."""
+    config = load_config(folder, read_config(folder), trust_remote_code)
+    model = build(config, dtype, buffers=True, trust_remote_code=trust_remote_code)
+    return model.requires_grad_(False)
+
+
+def put(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Give parameters and buffers their values, by name."""
+    for key, tensor in tensors:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[name] = tensor
+
+
+def experts_run_by(model: nn.Module, layout: Layout, implementation: str) -> dict[int, nn.Module]:
+    """Let a registered function run all routed experts; the experts modules by decoder layer index."""
+    out = {}
+    for layer in layout.routed:
+        experts = model.get_submodule(layer.experts_path)
+        experts.config._experts_implementation = implementation
+        out[layer.index] = experts
+    return out
+
+
+def check_filled(model: nn.Module, layout: Layout) -> None:
+    """Refuse a model that lacks parameters other than the experts' own.
+
+    Raises:
+        CheckpointError: a parameter is empty.
+    """
+    experts = tuple(layer.experts_path + "." for layer in layout.routed)
+    for key, tensor in model.named_parameters():
+        if tensor.is_meta and not key.startswith(experts):
+            raise CheckpointError("a parameter is missing", where=key, fix="pack the model again")

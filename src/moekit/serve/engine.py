@@ -1,0 +1,255 @@
+"""Engine: a model run from an expert store in a given amount of memory.
+
+    engine = Engine("store/", memory="2GiB")
+    for token in engine.stream(ids, max_new_tokens=64): ...
+
+The amount is that of the whole process: Python and its libraries, the model without its experts, the cache of keys and
+values, what a forward needs while it runs; experts get what is left. Reads go past the page cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import DynamicCache
+
+from moekit.errors import DataError, RecipeError
+from moekit.families.detect import dtype_of
+from moekit.families.family import family_of
+from moekit.families.resident import check_filled, experts_run_by, put, skeleton
+from moekit.recipe import format_bytes, parse_bytes
+from moekit.serve.cache import ExpertCache, slot_bytes, slots_in
+from moekit.serve.experts import IMPLEMENTATION
+from moekit.serve.policies import Policy, Sizes, policy_named
+from moekit.serve.sampling import Sampling, choose
+from moekit.serve.store import ExpertStore
+
+CHUNK_TOKENS = 256  # of a prompt that run together; each expert is read once a chunk
+SLACK_BYTES = 48 << 20  # what allocators hold beyond what is in use
+
+
+@dataclass
+class Timing:
+    """Where the time went.
+
+    Attributes:
+        prefill_s: reading the prompt.
+        token_s: of each token that was written.
+        stall_s: waiting for reads, in all of it.
+    """
+
+    prefill_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+    stall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the memory is divided, bytes.
+
+    Attributes:
+        budget: of the whole process.
+        resident: Python, libraries, and the model without its experts.
+        context: keys and values of the longest context.
+        work: what a forward needs while it runs.
+        experts: what is left for experts.
+        slots: experts that fit in it.
+    """
+
+    budget: int
+    resident: int
+    context: int
+    work: int
+    experts: int
+    slots: int
+
+
+class Engine:
+    """Runs a packed model.
+
+    Args:
+        store: a folder that `moekit pack` made, or an open store.
+        memory: of the whole process, as "2GiB" or bytes; None: as much as all experts need.
+        policy: name of a cache policy, or one made for the sizes that `Engine.sizes` gives.
+        context: tokens of prompt and answer together, at most.
+        verify: compare each record's checksum when it is read.
+
+    Raises:
+        CheckpointError: the store is damaged.
+        RecipeError: the memory does not hold even a few experts.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | ExpertStore,
+        *,
+        memory: str | int | None = None,
+        policy: str = "lru",
+        context: int = 2048,
+        verify: bool = True,
+    ):
+        self.store = store if isinstance(store, ExpertStore) else ExpertStore(store)
+        self.layout, self.context = self.store.layout, context
+        self.model = skeleton(self.store.path, dtype_of(self.layout))
+        for index in (-1, *range(self.layout.num_layers)):
+            put(self.model, self.store.rest(index))
+        self.model.tie_weights()
+        check_filled(self.model, self.layout)
+        self._family = family_of(self.layout.text_family)
+        self._experts = experts_run_by(self.model, self.layout, IMPLEMENTATION)
+        self.timing = Timing()
+        budget = None if memory is None else parse_bytes(memory)
+        self.cache = self._cache(slot_bytes(self.store) * 8, "lru", verify)
+        per_token, work = self._probe()
+        self.cache.close()
+        self.memory = self._divide(budget, per_token, work)
+        self.cache = self._cache(self.memory.experts, policy, verify)
+
+    def sizes(self, slots: int) -> Sizes:
+        """What a policy needs to know."""
+        routed = self.layout.routed
+        return Sizes(slots, len(routed), max(x.num_experts for x in routed), max(x.top_k for x in routed))
+
+    def _cache(self, memory_bytes: int, policy: str | Policy, verify: bool) -> ExpertCache:
+        sizes = self.sizes(slots_in(self.store, memory_bytes))
+        made = policy_named(policy, sizes) if isinstance(policy, str) else policy
+        cache = ExpertCache(self.store, memory_bytes, made, verify)
+        for index, experts in self._experts.items():
+            experts._moekit_cache, experts._moekit_layer, experts._moekit_family = cache, index, self._family
+        return cache
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[int, int]:
+        """(bytes of keys and values a token, bytes that a forward needs beside them), measured."""
+        sizes = []
+        vocabulary = self.layout.vocab_size
+        for length in (16, 16 + CHUNK_TOKENS):
+            past = DynamicCache(config=self.model.config.get_text_config())
+            ids = torch.arange(length)[None] % vocabulary
+            self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            sizes.append(_cache_bytes(past))
+        per_token = max(0, sizes[1] - sizes[0]) // CHUNK_TOKENS
+        before = _rss()
+        peak = _peak_rss()
+        return per_token, max(0, peak - before) + SLACK_BYTES
+
+    def _divide(self, budget: int | None, per_token: int, work: int) -> Memory:
+        gc.collect()
+        _trim()
+        resident, context = _rss(), per_token * self.context
+        needed = resident + context + work
+        everything = self.store.expert_bytes + 2 * slot_bytes(self.store)
+        total = needed + everything if budget is None else budget
+        least = needed + 8 * slot_bytes(self.store)
+        if total < least:
+            raise RecipeError(
+                "the model does not run in so little memory",
+                where="memory",
+                expected=f"at least {format_bytes(least)}: {format_bytes(resident)} for Python and the model without "
+                f"its experts, {format_bytes(context)} for a context of {self.context:,} tokens, "
+                f"{format_bytes(work)} to work in",
+                got=format_bytes(total),
+                fix="give more memory, or a shorter context",
+            )
+        experts = min(total - needed, everything)
+        return Memory(total, resident, context, work, experts, slots_in(self.store, experts))
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] of a text, in chunks."""
+        past = self._past()
+        return torch.cat(
+            [
+                self.model(input_ids=part[None], past_key_values=past, use_cache=True).logits[0]
+                for part in torch.as_tensor(ids).split(CHUNK_TOKENS)
+            ]
+        )
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None) -> Iterator[int]:
+        """Write on: token ids one by one, as they are chosen; ends before an end-of-text token.
+
+        Args:
+            ids: the prompt.
+            max_new_tokens: at most so many.
+            sampling: how tokens are chosen; None: the likeliest.
+
+        Raises:
+            DataError: an empty prompt, or one that leaves no room in the context.
+            CheckpointError: an expert cannot be read.
+        """
+        if not len(ids) or len(ids) >= self.context:
+            raise DataError(
+                "a prompt of this length cannot be continued",
+                expected=f"1 to {self.context - 1:,} tokens",
+                got=f"{len(ids):,}",
+                fix="shorten it, or start with a larger --context",
+            )
+        settings = sampling or Sampling()
+        generator = torch.Generator().manual_seed(settings.seed)
+        past, ends = self._past(), self.ends
+        self.timing = Timing()
+        stalled = self.cache.counts.stall_s
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for part in torch.as_tensor(ids).split(CHUNK_TOKENS):
+                out = self.model(input_ids=part[None], past_key_values=past, use_cache=True, logits_to_keep=1)
+        self.timing.prefill_s = time.perf_counter() - started
+        for count in range(min(max_new_tokens, self.context - len(ids))):
+            token = choose(out.logits[0, -1], settings, generator)
+            if token in ends:
+                break
+            yield token
+            if count + 1 == max_new_tokens:
+                break
+            started = time.perf_counter()
+            with torch.inference_mode():
+                out = self.model(
+                    input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True, logits_to_keep=1
+                )
+            self.timing.token_s.append(time.perf_counter() - started)
+            self.timing.stall_s = self.cache.counts.stall_s - stalled
+        self.timing.stall_s = self.cache.counts.stall_s - stalled
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        found = self.model.generation_config.eos_token_id
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+    def _past(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    def close(self) -> None:
+        """End the readers and close the files."""
+        self.cache.close()
+        self.store.close()
+
+
+def _cache_bytes(past: Any) -> int:
+    return sum(x.nbytes for layer in past.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
+
+
+def _rss() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _peak_rss() -> int:
+    """Bytes; the most that this process has had."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+    return _rss()
+
+
+def _trim() -> None:
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,179 @@
+"""pack(model, out): a checkpoint made an expert store, a layer in memory at a time; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekit import __version__
+from moekit.checkpoint.place import check_place, check_space, claimed, failed, move, sign, sync, take_over, write_text
+from moekit.errors import ModelError, OutputError
+from moekit.families.loader import OUTER
+from moekit.families.model import Model
+from moekit.layout import MoELayer
+from moekit.progress import Progress, silent
+from moekit.serve.forms import BITS, packed_expert
+from moekit.serve.store import MANIFEST, VERSION, Form, StoredLayer, experts_name, form_of, rest_name, to_row
+
+DONE = "packed.json"  # in OUT.partial: the layers that are complete
+KEPT_FILES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+LARGEST_SIDE_BYTES = 64 << 20
+
+
+def check_packable(model: Model, bits: int) -> None:
+    """Refuse what the run time could not run, before anything is read.
+
+    Raises:
+        ModelError: a family that moekit does not run, or whose experts do not follow the contract of transformers 5.
+        OutputError: bits that records cannot have.
+    """
+    model.understanding.family.check_runs()
+    if not model.understanding.family.by_contract:
+        raise ModelError(
+            "models of this family cannot be run from a store",
+            where=model.name,
+            got=f"{model.layout.family}: every expert runs on every token, so none can stay on disk",
+            fix="run it in stock transformers",
+        )
+    if bits not in BITS:
+        raise OutputError("experts cannot be packed so", where="bits", expected=", ".join(map(str, BITS)), got=bits)
+
+
+def pack(
+    model: Model,
+    out: str | Path,
+    *,
+    bits: int = 16,
+    by_expert: Mapping[int, tuple[int, ...]] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the expert store of a model; 16 bits keep every number.
+
+    Args:
+        model: from `moekit.open`.
+        out: a new folder.
+        bits: of experts' weights: 16 (the model's own dtype), 8 or 4.
+        by_expert: bits of each expert [E] by decoder layer index, where they differ; other layers take `bits`.
+        overwrite: replace a store that lies there.
+        progress: told as layers pass.
+
+    Raises:
+        ModelError: what cannot be run.
+        OutputError: a place that cannot be written to, or a disk that is full.
+        CheckpointError: weights that cannot be read.
+    """
+    check_packable(model, bits)
+    target = Path(out).resolve()
+    check_place(target, overwrite)
+    partial = target.with_name(target.name + ".partial")
+    job: dict[str, Any] = {"store of": model.fingerprint, "bits": bits, "moekit": __version__}
+    if by_expert:
+        job["by_expert"] = {str(index): list(widths) for index, widths in by_expert.items()}
+    try:
+        with claimed(partial):
+            take_over(partial, job, overwrite)
+            known = partial / DONE
+            done = json.loads(known.read_text()) if known.is_file() else {"layers": {}, "sizes": {}}
+            if not done["sizes"]:
+                check_space(target.parent, model.layout.total.bytes * max(1, 2 // _itemsize(model)))
+            sign(partial, job)
+            _write(model, partial, job, done, bits, by_expert or {}, progress)
+            move(partial, target)
+    except OSError as error:
+        raise failed(error, partial) from error
+    return target
+
+
+def _itemsize(model: Model) -> int:
+    """Bytes of a weight on disk, where they are fewer than at run time."""
+    return 1 if model.layout.quantisation else 2
+
+
+def _write(
+    model: Model,
+    partial: Path,
+    job: dict[str, Any],
+    done: dict[str, Any],
+    bits: int,
+    by_expert: Mapping[int, tuple[int, ...]],
+    progress: Progress,
+) -> None:
+    from safetensors.torch import save_file
+
+    layout, loader = model.layout, model.loader()
+    steps = [OUTER, *range(layout.num_layers)]
+    for number, index in enumerate(steps):
+        progress("pack", number, len(steps))
+        if rest_name(index) in done["sizes"]:
+            continue
+        tensors = loader.read(index)
+        layer = layout.by_index.get(index)
+        if layer is not None and not layer.mtp:
+            prefix = layer.experts_path + "."
+            names = loader.expert_form(layer.experts_path).names
+            experts = {name: tensors.pop(prefix + name) for name in sorted(names)}
+            widths = by_expert.get(index, (bits,) * layer.num_experts)
+            swap = loader.expert_form(layer.experts_path).transposed
+            stored = _write_experts(partial / experts_name(index), layer, experts, widths, swap)
+            done["layers"][str(index)] = to_row(stored)
+            done["sizes"][experts_name(index)] = (partial / experts_name(index)).stat().st_size
+            del experts
+        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, partial / rest_name(index))
+        done["sizes"][rest_name(index)] = (partial / rest_name(index)).stat().st_size
+        del tensors
+        sync(partial / rest_name(index))
+        write_text(partial / (DONE + ".tmp"), json.dumps(done))
+        os.replace(partial / (DONE + ".tmp"), partial / DONE)
+    for side in model.checkpoint.side_files():
+        file = model.path / side
+        if side.suffix in KEPT_FILES and file.stat().st_size < LARGEST_SIDE_BYTES:
+            (partial / side).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, partial / side)
+    config = {key: value for key, value in model.checkpoint.config.items() if key != "quantization_config"}
+    write_text(partial / "config.json", json.dumps(config, indent=1))
+    manifest = {
+        "version": VERSION,
+        "source": {"name": model.name, "fingerprint": model.fingerprint},
+        "job": job,
+        "layout": layout.to_dict(),
+        "layers": done["layers"],
+        "sizes": done["sizes"],
+    }
+    write_text(partial / MANIFEST, json.dumps(manifest))
+    (partial / DONE).unlink()
+    progress("pack", len(steps), len(steps))
+
+
+def _write_experts(
+    file: Path, layer: MoELayer, experts: dict[str, torch.Tensor], widths: tuple[int, ...], transposed: bool
+) -> StoredLayer:
+    forms: list[Form] = []
+    which: list[int] = []
+    offsets: list[int] = []
+    checksums: list[int] = []
+    with file.open("wb", buffering=0) as stream:
+        for expert in range(layer.num_experts):
+            one = {name: x[expert] for name, x in experts.items()}
+            group, tensors = packed_expert(one, widths[expert], transposed)
+            form = form_of(widths[expert], group, tensors)
+            if form not in forms:
+                forms.append(form)
+            record = torch.zeros(form.record_bytes, dtype=torch.uint8)
+            for piece in form.pieces:
+                piece.view(record).copy_(tensors[piece.name])
+            offsets.append(stream.tell())
+            checksums.append(zlib.crc32(record.numpy().data))
+            which.append(forms.index(form))
+            data = memoryview(record.numpy().data)
+            while data:
+                data = data[stream.write(data) :]
+        os.fsync(stream.fileno())
+    return StoredLayer(file.name, tuple(forms), tuple(which), tuple(offsets), tuple(checksums))
