@@ -30,7 +30,8 @@ from moekit.measurement import measure
 from moekit.pipeline import prepare, production, run, statistics
 from moekit.pipeline.outlook import layout_after
 from moekit.pipeline.statistics import carried
-from moekit.plans import Drop, Group, Merge, Plan, Quantize, QuantizeDense, drop_lowest
+from moekit.plans import Drop, Group, Merge, Plan, PlanTensors, Quantize, QuantizeDense, Replace, drop_lowest
+from moekit.plans.standins import constant_name
 from moekit.recipe import Recipe
 
 THREE = ["easy-ep keep=6", "m-smoe keep=4", "rtn-int4"]
@@ -329,6 +330,28 @@ def test_bits_to_come_are_known_beforehand(opened, tmp_path, form, dense):
     assert foreseen.total.bytes == pytest.approx(made.total.bytes, rel=0.05)
     assert foreseen.parts["experts"].bytes == pytest.approx(made.parts["experts"].bytes, rel=0.05)
     assert foreseen.parts["attention"].bytes == pytest.approx(made.parts["attention"].bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("family", "form"), [("qwen3_moe", "moekit"), ("gpt_oss", "stock")])
+def test_stand_ins_to_come_are_known_beforehand(opened, tmp_path, family, form):
+    """And what is left of them when experts go afterwards: their places are in the hash."""
+    layout = opened(family).layout
+    store = PlanTensors(tmp_path / "vectors")
+    for x in layout.routed:
+        store.write(x.index, {constant_name(x, e): torch.ones(x.width) for e in (1, 6)})
+    ops = [Replace(layer=x.index, experts=(1, 6), format=form) for x in layout.routed]
+    plans = [Plan(layout_hash=layout.hash, ops=ops, tensors=str(tmp_path / "vectors"))]
+    model, foreseen = opened(family), layout
+    for name in ("replaced", "pruned"):
+        bake(model.checkpoint, model.understanding, plans[-1], tmp_path / name)
+        model, foreseen = Model.open(tmp_path / name), layout_after(foreseen, plans[-1])
+        assert foreseen.hash == model.layout.hash
+        assert [x.constants for x in foreseen.routed] == [x.constants for x in model.layout.routed]
+        assert foreseen.total.bytes == pytest.approx(model.layout.total.bytes, rel=0.15)
+        drops = [Drop(layer=x.index, experts=(0, 6)) for x in layout.routed]
+        plans.append(Plan(layout_hash=model.layout.hash, ops=drops))
+    constants = (0,) if form == "moekit" else ()
+    assert {x.constants for x in model.layout.routed} == {constants}
 
 
 # ---- refused before any work

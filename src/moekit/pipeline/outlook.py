@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from moekit import methods
 from moekit.errors import RecipeError, UserError
-from moekit.families.packings import MIXED
+from moekit.families.packings import MIXED, OWN
 from moekit.layout import Layout, Part
 from moekit.methods.budget import uniform
 from moekit.methods.quantize import ways
-from moekit.plans import Drop, Plan, QuantizeDense
+from moekit.plans import Drop, Merge, Plan, QuantizeDense, Replace
 from moekit.recipe import Step
 from moekit.stats import NOT_CARRIED
+
+LIVE = ("steer", "live")  # kinds of methods whose plans are not written
 
 
 def label(number: int, step: Step) -> str:
@@ -48,6 +50,13 @@ def check_steps(steps: Sequence[Step]) -> None:
         with of_step(number, steps):
             method, *_ = methods.check_options(step.method, step.options)
             methods.check_keep(method, step.keep)
+            if method.kind in LIVE:
+                raise RecipeError(
+                    f"{step.method!r} acts on a running model and writes none",
+                    where="method",
+                    expected="a method that prunes, merges, replaces, factors, quantises or heals",
+                    fix="make its plan from Python (moekit.plan) and apply it live",
+                )
             if quantised and method.kind != "heal":
                 before = steps[quantised - 1].method
                 raise RecipeError(
@@ -109,12 +118,16 @@ def _supposed(layout: Layout, step: Step) -> Plan:
 
 def layout_after(layout: Layout, plan: Plan) -> Layout:
     """The layout (without lists of tensors) of the model that a plan makes of one with this layout."""
-    layers, parts, gone = [], dict(layout.parts), 0
+    layers, parts, gone, replaced = [], dict(layout.parts), 0, plan.replaced()
     for layer in layout.routed:
         ops = [op for op in plan.ops if op.layer == layer.index and not isinstance(op, QuantizeDense)]
         saved, left = _saved(plan, ops, layout), len(plan.kept(layer))
-        expert_bytes = (layer.num_experts * layer.expert_bytes - saved) // left
-        layers.append(replace(layer, num_experts=left, expert_bytes=expert_bytes, tensors=()))
+        stands_in = replaced.get(layer.index)
+        constant = {*layer.constants, *(stands_in.experts if stands_in and stands_in.format == OWN else ())}
+        constants = tuple(new for new, old in enumerate(plan.kept(layer)) if old in constant)
+        removing = [op for op in ops if isinstance(op, Drop | Merge | Replace)]
+        expert_bytes = layer.expert_bytes - (saved - _saved(plan, removing, layout)) // left
+        layers.append(replace(layer, num_experts=left, expert_bytes=expert_bytes, constants=constants, tensors=()))
         share = (layer.num_experts - left) / sum(x.num_experts for x in layout.routed)
         parts["experts"] += Part(-saved, -round(share * layout.parts["experts"].params))
         gone += layer.num_experts - left
@@ -135,8 +148,8 @@ def _saved(plan: Plan, ops: list, layout: Layout) -> int:
 
 def _form(plan: Plan) -> str | None:
     """What a layout calls the form of a quantised model."""
-    if plan.packed_form != "compressed-tensors":
-        return plan.packed_form
+    if plan.own_form or plan.packed_form is None:
+        return OWN if plan.own_form else None
     bits = {op.bits for op in plan.quantised().values()} | {
         x for op in plan.quantised_dense().values() for x in op.bits.values()
     }

@@ -12,8 +12,14 @@ import yaml
 from moekit.checkpoint.hub import is_hub_id
 from moekit.recipe import format_bytes
 
-DONE = {"prune": "pruned", "merge": "merged", "quantize": "quantised", "heal": "healed"}  # what a kind of plan leaves
-WITH = {"quantize": "quantised experts", "heal": "healed weights"}
+# by kind of plan: what is done to a model, and what it has then
+DONE = {"prune": "pruned", "merge": "merged", "factor": "factored", "quantize": "quantised", "heal": "healed"}
+WITH = {
+    "factor": "factored experts",
+    "replace": "constants for some experts",
+    "quantize": "quantised experts",
+    "heal": "healed weights",
+}
 
 
 def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
