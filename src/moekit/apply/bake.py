@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 
 from moekit import __version__
+from moekit.apply.factor import DENSE_NOTE, factored_tensors
+from moekit.apply.factor import NOTE as FACTORED_NOTE
 from moekit.apply.made import MadeTensors
 from moekit.apply.quantize import NOTE, OWN_NOTE, quantisation_config, quantised_tensors
 from moekit.apply.standins import NOTE as STAND_INS_NOTE
@@ -142,7 +144,7 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     layout = understanding.layout
     plan.check_bakeable(layout)
     dropped = plan.dropped()
-    dense = bool(plan.merges() or plan.values())
+    dense = bool(plan.merges() or plan.values() or plan.factored())
     readers: Readers = (
         MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
     )
@@ -168,6 +170,7 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
                 new[name] = replace(_copy(checkpoint.info(name), name), source=Make(read))
     names = {source: tensor.name for source, tensor in new.items()}
     instead = quantised_tensors(checkpoint, understanding, plan, readers, names)
+    instead |= factored_tensors(checkpoint, understanding, plan, readers, names)
     replaced = [layout.by_index[index] for index in plan.replaced()]
     single = {x.index: [(name, e) for name, e, _ in _of_one_expert(x, understanding.unused)] for x in replaced}
     instead |= own_tensors(checkpoint, understanding, plan, single)
@@ -189,7 +192,9 @@ def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
         notes.append(OWN_NOTE if plan.packed_form == OWN else NOTE)
     elif plan.own_form and not layout.quantisation:
         config = config | {"quantization_config": {"quant_method": OWN, "version": OWN_VERSION}}
-        notes.append(STAND_INS_NOTE)
+        notes.append(FACTORED_NOTE if plan.factored() else STAND_INS_NOTE)
+    elif plan.factored():
+        notes.append(DENSE_NOTE)
     if not _leaves_out_experts(plan):
         return config, notes
     config = set_expert_count(config, layout.expert_count_keys, len(plan.kept(layout.routed[0])))

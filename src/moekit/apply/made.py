@@ -2,8 +2,8 @@
 
 A change is a function of the plan and a layer's parameters that returns those it makes anew; changes follow each other
 in the order of `CHANGES`, each seeing what the one before has made. What comes out is rounded to the dtype on disk, so
-that a live model has the numbers that its baked files will have. Quantising comes after all of them
-(`moekit.apply.quantize`): its numbers are not parameters.
+that a live model has the numbers that its baked files will have. Quantising, and factors in moekit's own form, come
+after all of them (`moekit.apply.quantize`, `moekit.apply.factor`): their numbers are not parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from moekit.apply.factor import dense_names, dense_parameters, own_parameters
 from moekit.apply.merge import merged_names, merged_parameters
 from moekit.apply.quantize import quantised_parameters
 from moekit.errors import CheckpointError, PlanError
@@ -62,12 +63,13 @@ def given_names(loader: Loader, layout: Layout, plan: Plan, index: int) -> set[s
 CHANGES: tuple[tuple[Change, Names], ...] = (
     (merged_parameters, merged_names),
     (given_values, given_names),
+    (dense_parameters, dense_names),
 )
 
 
 def changes_weights(plan: Plan) -> bool:
     """Whether the plan makes new numbers: such a plan is applied as layers are read."""
-    return bool(plan.merges() or plan.values() or plan.quantised())
+    return bool(plan.merges() or plan.values() or plan.factored() or plan.packed_form)
 
 
 def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tensors: Parameters) -> Parameters:
@@ -88,18 +90,17 @@ def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tenso
     """
     _check_numbers(loader, layout, plan, index, tensors)
     out: Parameters = {}
-    for change, _ in CHANGES:
-        out |= change(loader, layout, plan, index, tensors | out)
     on_disk = {key: x.name for group in loader.placements(index).values() for x in group for key in x.keys}
-    for key, x in out.items():
-        if not x.isfinite().all():
-            raise CheckpointError(
-                "this weight has entries that are no numbers",
-                where=f"{loader.checkpoint.path}: {on_disk[key]}",
-                got="NaN or infinity in it, or in what it is made of",
-                fix="repair the source",
-            )
-        out[key] = x.to(loader.on_disk(on_disk[key])).to(tensors[key].dtype)
+    for change, _ in CHANGES:
+        for key, x in change(loader, layout, plan, index, tensors | out).items():
+            if not x.isfinite().all():
+                raise CheckpointError(
+                    "this weight has entries that are no numbers",
+                    where=f"{loader.checkpoint.path}: {on_disk[key]}",
+                    got="NaN or infinity in it, or in what it is made of",
+                    fix="repair the source",
+                )
+            out[key] = x.to(loader.on_disk(on_disk[key])).to(tensors[key].dtype)
     return out
 
 
@@ -124,6 +125,7 @@ def editing(loader: Loader, layout: Layout, plan: Plan) -> None:
 
     def edit(index: int, tensors: Parameters) -> Parameters:
         changed = tensors | new_parameters(loader, layout, plan, index, tensors)
+        changed |= own_parameters(loader, layout, plan, index, changed)
         return changed | quantised_parameters(loader, layout, plan, index, changed)
 
     loader.edit = edit if changes_weights(plan) else None

@@ -21,11 +21,13 @@ from moekit.checkpoint.weights import dequantise_fp8, dequantise_mxfp4
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.constants import is_constant
 from moekit.families.detect import Understanding, dtype_of
+from moekit.families.factors import read_back
 from moekit.families.family import ExpertForm
-from moekit.families.names import COMPANIONS, PACKED_SUFFIX, SCALES, Placement, convert
+from moekit.families.names import COMPANIONS, FACTORED_SUFFIX, FACTORS, PACKED_SUFFIX, SCALES, Placement, convert
 from moekit.families.packings import packing_of
 from moekit.families.seam import IMPLEMENTATION
 from moekit.families.stock import build
+from moekit.plans.factoring import RIGHT
 
 OUTER = -1  # the index of everything that is not in a decoder layer
 
@@ -109,6 +111,12 @@ class Loader:
         """How the experts module at a path keeps its parameters."""
         return self._family.expert_form(self.model.get_submodule(experts_path))
 
+    def differentiable(self) -> None:
+        """Let experts run by transformers' own loop from now on, which gradients pass through; ours writes in place."""
+        for at in self.understanding.experts:
+            if hasattr(experts := self.model.get_submodule(at.path), "_apply_gate"):
+                experts.config._experts_implementation = "eager"
+
     def on_disk(self, name: str) -> torch.dtype:
         """The dtype of a tensor on disk."""
         return DTYPES[self.checkpoint.info(name).dtype]
@@ -144,7 +152,12 @@ class Loader:
         return {name: self._family.as_loaded(name, self._fit(name, tensor)) for name, tensor in made.items()}
 
     def _numbers(self, placement: Placement, scales: dict[str, str]) -> torch.Tensor:
-        """A tensor read from disk; a quantised one times its scales, in the dtype of the model."""
+        """A tensor read from disk; a quantised one times its scales, in the dtype of the model; factors multiplied."""
+        if placement.suffix == FACTORED_SUFFIX:
+            names = (placement.weight.removesuffix(".weight") + x for x in (FACTORED_SUFFIX, *FACTORS))
+            parts = {x: self.checkpoint.read(x) for x in names if x in self.checkpoint.tensors}
+            parts = {name.removeprefix(placement.weight): part for name, part in parts.items()}
+            return read_back(parts, placement.weight).to(self.dtype)
         tensor = self.checkpoint.read(placement.name)
         if placement.weight not in scales:
             return tensor
@@ -162,9 +175,11 @@ class Loader:
         return tuple(self.checkpoint.read(placement.weight + "_shape").tolist())
 
     def _shape(self, placement: Placement) -> tuple[int, ...]:
-        """The shape of a weight, packed or not."""
-        packed = placement.suffix == PACKED_SUFFIX
-        return self._said(placement)[:2] if packed else self.checkpoint.info(placement.name).shape
+        """The shape of a weight, packed, factored or plain."""
+        shape = self.checkpoint.info(placement.name).shape
+        if placement.suffix == FACTORED_SUFFIX:
+            return (shape[0], *self.checkpoint.info(placement.weight + RIGHT).shape[1:])
+        return self._said(placement)[:2] if placement.suffix == PACKED_SUFFIX else shape
 
     def _stack(self, key: str, group: list[Placement], scales: dict[str, str], target: torch.Tensor) -> torch.Tensor:
         """A fused parameter made of one tensor (or two, laid one under the other) an expert."""
@@ -197,7 +212,7 @@ class Loader:
             part = part.T if turned else part
             if part.shape != (shape := self._shape(placement)):
                 raise _shape_error(placement.name, part.shape, shape)
-            if dtype == DTYPES[info.dtype] and part.is_contiguous():
+            if dtype == DTYPES[info.dtype] and part.is_contiguous() and not placement.suffix:
                 self.checkpoint.read_into(info, part)
             else:
                 part.copy_(self._numbers(placement, scales))

@@ -25,12 +25,15 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moekit.plans.factoring import COLUMNS, COUNTS, LEFT, MASK, RIGHT, VALUES
+
 # Ends of the names of a quantised weight's tensors, and what the weight's name has there: those that scale it, those
 # that lie beside it, all.
 SCALES = {"_scale_inv": "", "_scales": "", ".scale": ".weight", ".qscale_weight": ".weight", ".weight_scale": ".weight"}
-COMPANIONS = SCALES | {".weight_shape": ".weight"}
-PACKED_SUFFIX = ".weight_packed"
-QUANTISED = COMPANIONS | {"_blocks": "", PACKED_SUFFIX: ".weight"}
+FACTORS = tuple(".weight" + x for x in (RIGHT, VALUES, MASK, COLUMNS, COUNTS))  # beside the left one
+COMPANIONS = SCALES | dict.fromkeys((".weight_shape", *FACTORS), ".weight")
+PACKED_SUFFIX, FACTORED_SUFFIX = ".weight_packed", ".weight" + LEFT
+QUANTISED = COMPANIONS | {"_blocks": "", PACKED_SUFFIX: ".weight", FACTORED_SUFFIX: ".weight"}
 NUMBERED = re.compile(r"\.(\d+)\.weight$")  # end of what moekit calls one expert of a tensor that held them all
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import prod
 
 from moekit.checkpoint.reader import Checkpoint, TensorInfo
-from moekit.families.names import COMPANIONS, PACKED_SUFFIX, Placement, natural_key, quantised_suffix
+from moekit.families.names import COMPANIONS, FACTORED_SUFFIX, PACKED_SUFFIX, Placement, natural_key, quantised_suffix
 from moekit.layout import ExpertTensor, MoELayer, Part
 
 
@@ -63,9 +63,9 @@ def _params(info: TensorInfo, placement: Placement | None, bits: int) -> int:
 def _packed_params(placed: dict[str, Placement], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Parameters of packed weights by name: all of a model's parameter with the first of its tensors, none with others.
 
-    How many there are is not to be seen from words of unknown bits.
+    How many there are is not to be seen from words of unknown bits; of factors, it is what they are multiplied out.
     """
-    packed = {x.key for x in placed.values() if x.suffix == PACKED_SUFFIX}
+    packed = {x.key for x in placed.values() if x.suffix in (PACKED_SUFFIX, FACTORED_SUFFIX)}
     out, seen = {}, set()
     for placement in placed.values():
         if placement.key in packed:

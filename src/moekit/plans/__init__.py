@@ -8,6 +8,7 @@ from moekit.plans.base import Op
 from moekit.plans.checks import check_droppable, check_feasible, check_merge, check_quantised, check_values
 from moekit.plans.counts import drop_lowest, keep_count
 from moekit.plans.dynamic import Odp
+from moekit.plans.factoring import Factor
 from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Quantize, QuantizeDense, Values
 from moekit.plans.plan import ITEMSIZE, Plan
 from moekit.plans.standins import Replace, constant_name
@@ -20,6 +21,7 @@ __all__ = [
     "UNQUANTISED",
     "AnyOp",
     "Drop",
+    "Factor",
     "Group",
     "Merge",
     "Odp",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from moekit.layout import MoELayer
 from moekit.plans.base import Op
 from moekit.plans.dynamic import Odp
+from moekit.plans.factoring import Factor
 from moekit.plans.standins import Replace
 from moekit.plans.steering import Steer
 
@@ -158,5 +159,5 @@ class Values(Op):
 
 
 AnyOp = Annotated[
-    Drop | Merge | Quantize | QuantizeDense | Values | Replace | Odp | Steer, Field(discriminator="op")
+    Drop | Merge | Factor | Quantize | QuantizeDense | Values | Replace | Odp | Steer, Field(discriminator="op")
 ]

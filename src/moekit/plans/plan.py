@@ -13,6 +13,7 @@ from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
 from moekit.markup import html_table
 from moekit.plans.checks import (
+    check_carried,
     check_droppable,
     check_feasible,
     check_merge,
@@ -21,6 +22,7 @@ from moekit.plans.checks import (
     check_values,
 )
 from moekit.plans.dynamic import Odp, check_dynamic, check_no_dynamics
+from moekit.plans.factoring import Factor, check_factored, check_factored_alone
 from moekit.plans.ops import OUTER, AnyOp, Drop, Merge, Quantize, QuantizeDense, Values, share_of
 from moekit.plans.standins import OWN, Replace, check_alone, check_replaced
 from moekit.plans.steering import Steer, check_no_steering, check_steering
@@ -73,15 +75,21 @@ class Plan(BaseModel):
         return {op.layer: op for op in self.ops if isinstance(op, Merge)}
 
     @property
-    def kind(self) -> Literal["prune", "merge", "replace", "quantize", "heal", "live", "steer"]:
+    def kind(self) -> Literal["prune", "merge", "factor", "replace", "quantize", "heal", "live", "steer"]:
         """What the changes are."""
         if self.quantised() or self.quantised_dense():
             return "quantize"
+        if self.factored():
+            return "factor"
         if self.merges() or self.dropped():
             return "merge" if self.merges() else "prune"
         if self.replaced() or self.values():
             return "replace" if self.replaced() else "heal"
         return "live" if self.dynamic() else "steer" if self.steers() else "prune"
+
+    def factored(self) -> dict[int, Factor]:
+        """How each layer's experts are factored, where they are."""
+        return {op.layer: op for op in self.ops if isinstance(op, Factor)}
 
     def values(self) -> dict[int, Values]:
         """The new parameters of each layer that has some."""
@@ -111,7 +119,8 @@ class Plan(BaseModel):
     @property
     def own_form(self) -> bool:
         """Whether what the plan makes is written in moekit's own form, which stock transformers does not load."""
-        return self.packed_form == OWN or any(op.format == OWN for op in self.replaced().values())
+        others: list[Replace | Factor] = [*self.replaced().values(), *self.factored().values()]
+        return self.packed_form == OWN or any(op.format == OWN for op in others)
 
     def steers(self) -> list[Steer]:
         """What is done to routers' choices and weights, live."""
@@ -153,6 +162,9 @@ class Plan(BaseModel):
             check_quantised(self.ops, layout, self.tensors)
         if self.values():
             check_values(self.ops, self.tensors)
+        check_factored(self.ops, layout, ITEMSIZE.get(layout.dtype, 2))
+        if any(op.scheme == "healed" for op in self.factored().values()):
+            check_carried(self.tensors)
         check_steering(self.ops, layout)
         check_replaced(self.ops, layout, self.tensors)
         check_dynamic(self.ops, layout)
@@ -163,6 +175,7 @@ class Plan(BaseModel):
         check_no_steering(self.ops)
         check_no_dynamics(self.ops)
         check_alone(self.ops)
+        check_factored_alone(self.ops)
         ways = [self.quantised().get(layer.index) for layer in layout.routed]
         stock = self.packed_form == "compressed-tensors"
         if stock and len({x and (x.bits, x.group_size) for x in ways}) > 1:
@@ -188,6 +201,9 @@ class Plan(BaseModel):
             if replace.format == OWN:
                 layer = layout.by_index[index]
                 saved += len(replace.experts) * (layer.expert_bytes - layer.width * itemsize)
+        for index, factor in self.factored().items():
+            layer = layout.by_index[index]
+            saved += round(len(self.kept(layer)) * layer.expert_bytes * (1 - factor.share(layer, itemsize)))
         for index, op in self.quantised().items():
             layer = layout.by_index[index]
             shares = [op.share(layer, itemsize, e) for e in self.kept(layer)]
