@@ -150,6 +150,20 @@ def test_a_quantised_model_is_pruned_but_not_quantised_again(tmp_path):
         plan_of(quantised, 8, -1).check(quantised.layout)
 
 
+def test_attention_is_read_back_alike_in_another_dtype(tmp_path):
+    """compressed-tensors multiplies in the dtype that it is loaded in; the numbers are those of the source's own."""
+    zoo.build("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = moekit.open(tmp_path / "model")
+    plan = plan_of(model, 4, 8)
+    plan.ops += [QuantizeDense(layer=i, bits={"attention": 8}, group_size=8) for i in range(model.layout.num_layers)]
+    result = moekit.open(bake(model.checkpoint, model.understanding, plan, tmp_path / "out").path)
+    ids = zoo.inputs(model.layout.family)["input_ids"]
+    with torch.no_grad():
+        stock = result.load(torch.float32)(input_ids=ids, use_cache=False).logits
+    assert stock.dtype == torch.float32
+    assert torch.allclose(stock, logits(model, plan), atol=1e-5)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_dropping_and_quantising_at_once_is_what_one_after_the_other_writes(merge, tmp_path):
     model = moekit.open(zoo.save("qwen3_moe", tmp_path / "model"))

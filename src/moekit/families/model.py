@@ -113,7 +113,9 @@ class Model:
         try:
             with quiet:
                 model = cls.from_pretrained(
-                    self.path, dtype=dtype or self.dtype, trust_remote_code=self.trust_remote_code
+                    self.path,
+                    dtype=self.dtype if packed else dtype or self.dtype,  # scales in another one give other numbers
+                    trust_remote_code=self.trust_remote_code,
                 )
                 if packed:  # which it would do at the first forward
                     model.hf_quantizer.compressor.decompress_model(model)
@@ -121,9 +123,7 @@ class Model:
             raise ModelError(
                 "stock transformers cannot load this model here", where=self.path, got=str(error)[:500]
             ) from error
-        if packed:  # stock transformers leaves these in the dtype of their scales
-            for at in self.understanding.experts:
-                model.get_submodule(at.path).to(dtype or self.dtype)
+        model = model.to(dtype or self.dtype) if packed else model
         return model.to(device).eval()
 
     def _unpacked(self, dtype: torch.dtype | None, device: str) -> nn.Module:
