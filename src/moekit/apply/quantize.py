@@ -23,6 +23,7 @@ from moekit.errors import CheckpointError, PlanError
 from moekit.families.detect import Understanding
 from moekit.families.loader import Loader
 from moekit.families.matrices import WEIGHT, Matrix, dense_matrices, expert_matrices
+from moekit.families.packable import unloadable
 from moekit.families.packings import OWN, OWN_VERSION
 from moekit.layout import Layout
 from moekit.plans import UNQUANTISED, Plan, PlanTensors, Quantize, QuantizeDense
@@ -127,6 +128,31 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         )
 
 
+def check_packable(checkpoint: Checkpoint, understanding: Understanding, form: str) -> None:
+    """Refuse a model whose experts cannot be written in a packed form, or not so that stock transformers loads them.
+
+    Args:
+        checkpoint: headers are enough.
+        understanding: of it.
+        form: "compressed-tensors" or "moekit".
+
+    Raises:
+        PlanError: with the reason.
+    """
+    matrices = [x for layer in understanding.layout.routed for x in expert_matrices(checkpoint, understanding, layer)]
+    if form == OWN:
+        return
+    if fused := [x for x in matrices if x.fused]:
+        raise PlanError(ALL_FUSED, where=fused[0].source, got="all experts in one", fix="use format: moekit")
+    if reason := unloadable(understanding):
+        raise PlanError(
+            "stock transformers cannot load this model with experts packed as compressed-tensors",
+            where=understanding.layout.family,
+            got=reason,
+            fix="use format: moekit, which moekit reads and runs",
+        )
+
+
 def roundings(checkpoint: Checkpoint, understanding: Understanding, plan: Plan, index: int) -> list[Rounded]:
     """What a plan rounds in a decoder layer (-1: in none): the experts that stay, and parts that every token uses.
 
@@ -191,8 +217,10 @@ def quantised_tensors(
         names: new names of the tensors of single experts.
 
     Raises:
-        PlanError: see `roundings`.
+        PlanError: see `check_packable` and `roundings`.
     """
+    if plan.quantised():
+        check_packable(checkpoint, understanding, plan.packed_form or OWN)
     out: dict[str, list[OutTensor]] = {}
     for index in sorted(plan.quantised().keys() | plan.quantised_dense().keys()):
         made = readers(index)

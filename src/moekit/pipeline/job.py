@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from moekit import __version__, methods
+from moekit.apply.quantize import check_packable
+from moekit.apply.standins import check_separable
 from moekit.checkpoint.place import check_space
 from moekit.data import Dataset, load_tokenizer
 from moekit.errors import OutputError
-from moekit.families.matrices import expert_matrices
 from moekit.families.model import Model
 from moekit.layout import Layout
 from moekit.pipeline.outlook import check_steps, expected_layouts
@@ -94,9 +95,12 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     if out.is_relative_to(model.path.resolve()):
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")
     expected_layouts(model.layout, steps)
-    if any(methods.get(step.method).kind == "quantize" for step in steps):
+    for step in steps:
+        if (method := methods.get(step.method)).kind == "quantize":
+            check_packable(model.checkpoint, model.understanding, method.settings(step.options)["format"])
+    if any(methods.get(step.method).kind == "replace" for step in steps):
         for layer in model.layout.routed:
-            expert_matrices(model.checkpoint, model.understanding, layer)
+            check_separable(model.understanding, layer)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     settings = recipe.calibration
     calibration = Dataset.build(
