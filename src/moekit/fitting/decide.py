@@ -12,7 +12,6 @@ import torch
 
 from moekit import methods
 from moekit.data import Dataset
-from moekit.errors import PlanError
 from moekit.families.model import Model
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
@@ -20,6 +19,10 @@ from moekit.stats import Stats
 
 # Methods that need more than statistics: name -> function(fit, **settings of `decide`) -> Plan.
 FITTED: dict[str, str] = {
+    "gptq-int4": "moekit.fitting.quantize:plan",
+    "gptq-int3": "moekit.fitting.quantize:plan",
+    "gptq-int2": "moekit.fitting.quantize:plan",
+    "mc-moe": "moekit.fitting.quantize:plan",
     "ream": "moekit.fitting.sequential:plan",
 }
 
@@ -82,6 +85,4 @@ def decide(
         plan = run(fit, name=name, options=dict(options or {}), **settings)
         plan.check(fit.model.layout)
         return plan
-    if fit.stats is None:
-        raise PlanError(f"the method {name!r} needs statistics", fix="measure the model first")
     return methods.make_plan(name, fit.stats, fit.model.layout, **settings, **(options or {}))

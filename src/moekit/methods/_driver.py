@@ -22,7 +22,7 @@ ROUTER_ROWS = ("dominant", "weighted")
 
 def make_plan(
     name: str,
-    stats: Stats,
+    stats: Stats | None,
     layout: Layout,
     /,
     *,
@@ -39,7 +39,7 @@ def make_plan(
 
     Args:
         name: of the method, as "easy-ep" or "m-smoe".
-        stats: of the model.
+        stats: of the model; None for methods that need none (`Method.groups`).
         layout: of the model.
         keep: share (0.5) or number (64) of experts that a layer keeps; not for quantising, which keeps all.
         domain: whose statistics count; None: all.
@@ -59,6 +59,12 @@ def make_plan(
     _one_of("protect", protect, PROTECT)
     keep = check_keep(method, keep)
     counts = budgets.uniform(layout, keep)
+    if stats is None:
+        if method.groups:
+            raise PlanError(f"the method {name!r} needs statistics", fix="measure the model first")
+        plan = quantize.make_plan(method, None, layout, domain=domain, settings=settings)
+        plan.check(layout)
+        return plan
     if stats.layout_hash != layout.hash or counts.keys() - stats.layers.keys():
         raise PlanError(
             "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"

@@ -29,6 +29,12 @@ METHODS = {
     "ream": "moekit.methods.merge.ream:groups",
     "rtn-int8": "moekit.methods.quantize.rtn:int8",
     "rtn-int4": "moekit.methods.quantize.rtn:int4",
+    "rtn-int3": "moekit.methods.quantize.rtn:int3",
+    "rtn-int2": "moekit.methods.quantize.rtn:int2",
+    "gptq-int4": "moekit.methods.quantize.gptq:int4",
+    "gptq-int3": "moekit.methods.quantize.gptq:int3",
+    "gptq-int2": "moekit.methods.quantize.gptq:int2",
+    "mc-moe": "moekit.methods.quantize.mc_moe:way",
 }
 
 
@@ -61,7 +67,11 @@ class Method:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of statistics to measure for it; "scores" always, for super experts and what the notes report."""
+        """The groups of statistics to measure for it: "scores" always, for super experts and what notes report; none
+        for quantising, which keeps all experts.
+        """
+        if self.kind == "quantize" and not self.needs:
+            return ()
         return tuple(x for x in ALL_GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:

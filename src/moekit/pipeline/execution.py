@@ -183,7 +183,7 @@ class _Steps:
             }
             seed = job.recipe.calibration.seed
             with timed(self.seconds, "plan"):
-                if self.models[number - 1] is None and stats is not None:
+                if self.models[number - 1] is None:
                     plan = methods.make_plan(
                         step.method, stats, self.layouts[number - 1], seed=seed, **settings, **step.options
                     )
@@ -258,4 +258,5 @@ class _Steps:
 
 
 def _reads_statistics(step: Step) -> bool:
-    return step.method not in FITTED or bool(methods.get(step.method).needs)
+    method = methods.get(step.method)
+    return bool(method.groups) and (step.method not in FITTED or bool(method.needs))

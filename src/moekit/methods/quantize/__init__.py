@@ -1,7 +1,8 @@
-"""Quantising: keep experts' weights as whole numbers. All experts stay; every layer is quantised alike.
+"""Quantising: keep weights as whole numbers. All experts stay.
 
-A quantising method is a function `way(layer, size, *, group_size)` that returns a layer's Quantize; `size` is the group
-size that every layer can have, at most the option `group_size`.
+A quantising method is a function `way(layer, size, **options)` that returns a layer's Quantize; `size` is the group
+size that every layer can have, at most the option `group_size`. Those that round with text in hand, or choose bits by
+it, say so what they would do without; `moekit.fitting.quantize` does the rest.
 """
 
 from __future__ import annotations
@@ -10,50 +11,81 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moekit.errors import PlanError
+from moekit.errors import PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
 from moekit.methods._registry import Method
 from moekit.methods.common import Domain
-from moekit.plans import Plan, Quantize
+from moekit.plans import OUTER, UNQUANTISED, Plan, Quantize, QuantizeDense
 from moekit.stats import Stats
+
+FORMATS = ("compressed-tensors", "moekit")
+DENSE = {"attention_bits": "attention", "shared_bits": "shared experts", "dense_bits": "dense MLP"}
+OUTSIDE = {"embedding_bits": "embeddings", "head_bits": "head"}
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, UNQUANTISED)
 
 
 def make_plan(
     method: Method,
-    stats: Stats,
+    stats: Stats | None,
     layout: Layout,
     *,
     domain: Domain,
     settings: Mapping[str, Any],
 ) -> Plan:
-    """The plan of a quantising method; arguments as for `moekit.methods.make_plan`, already checked.
+    """The plan of a quantising method that needs no text; arguments as for `moekit.methods.make_plan`, already checked.
 
     Raises:
-        PlanError: impossible group size.
+        RecipeError: no such format, or impossible bits.
+        PlanError: impossible group size, or bits that the format has not.
     """
-    domains = [stats.domains[i] for i in stats.domain_numbers(domain)]
-    ops = ways(method, layout, settings)
-    notes = ["all experts stay; their weights are quantised, nothing else is"]
-    if (size := ops[0].group_size) != (wanted := settings["group_size"]):
-        notes.append(f"group size {size}, not {wanted}, which does not divide the widths of the experts")
+    domains = [stats.domains[i] for i in stats.domain_numbers(domain)] if stats else []
     return Plan(
         layout_hash=layout.hash,
-        ops=[*ops],
+        ops=[*ways(method, layout, settings)],
         method=method.name,
-        settings={"domain": domains, **settings},
-        made_from=dict(stats.manifest),
-        notes=notes,
+        settings=({"domain": domains} if domains else {}) | dict(settings),
+        made_from=dict(stats.manifest) if stats else {},
+        notes=notes(layout, settings),
     )
 
 
-def ways(method: Method, layout: Layout, settings: Mapping[str, Any]) -> list[Quantize]:
-    """How a method with these settings quantises each layer; needs no statistics.
+def notes(layout: Layout, settings: Mapping[str, Any]) -> list[str]:
+    """What a reader of any quantising plan should know."""
+    others = [f"{part} in {settings[key]} bits" for key, part in (DENSE | OUTSIDE).items() if settings[key] < 16]
+    out = ["all experts stay; their weights are quantised" + (f", {', '.join(others)}" if others else ", nothing else")]
+    if (size := common_group(layout, settings["group_size"])) != (wanted := settings["group_size"]):
+        out.append(f"group size {size}, not {wanted}, which does not divide the widths of the experts")
+    return out
+
+
+def ways(method: Method, layout: Layout, settings: Mapping[str, Any]) -> list[Quantize | QuantizeDense]:
+    """How a method with these settings quantises each layer, as far as it is known without text.
 
     Raises:
+        RecipeError: no such format, or impossible bits.
         PlanError: impossible group size.
     """
+    if settings["format"] not in FORMATS:
+        raise RecipeError(
+            f"there is no format {settings['format']!r}",
+            where="options.format",
+            fix=did_you_mean(settings["format"], FORMATS),
+        )
+    for key in (*DENSE, *OUTSIDE):
+        if settings[key] not in WIDTHS:
+            raise RecipeError(
+                "impossible bits",
+                where=f"options.{key}",
+                expected=f"one of {', '.join(map(str, WIDTHS))}; 16 leaves weights as they are",
+                got=settings[key],
+            )
     size = common_group(layout, settings["group_size"])
-    return [method(layer, size, **settings) for layer in layout.routed]
+    out: list[Quantize | QuantizeDense] = [method(layer, size, **settings) for layer in layout.routed]
+    shared: dict[str, Any] = {"group_size": settings["group_size"], "scheme": "fitted", "format": settings["format"]}
+    for parts, layers in ((DENSE, range(layout.num_layers)), (OUTSIDE, (OUTER,))):
+        if bits := {part: settings[key] for key, part in parts.items() if settings[key] != UNQUANTISED}:
+            out += [QuantizeDense(layer=index, bits=bits, **shared) for index in layers]
+    return out
 
 
 def common_group(layout: Layout, group_size: int) -> int:
