@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moekit
 import zoo
@@ -102,6 +105,55 @@ def test_files_do_what_the_live_plan_does(merged):
     assert (written - before).abs().max() > 1e-2
 
 
+def test_merged_files_really_shrink_and_stock_transformers_runs_them(merged):
+    model, plan, folder = merged
+    out = bake(model.checkpoint, model.understanding, plan, folder / "stock")
+    gone = plan.dropped()
+    expected = 0
+    for layer in model.layout.routed:
+        share = len(gone[layer.index]) / layer.num_experts
+        expected += len(gone[layer.index]) * layer.expert_bytes
+        for tensor in layer.tensors:
+            info = model.checkpoint.info(tensor.name)
+            if tensor.role == "router" and info.shape[tensor.axis or 0] == layer.num_experts:
+                expected += round(share * info.bytes)
+    assert out.bytes_before - out.bytes_after == expected
+    assert sum(x.stat().st_size for x in out.path.glob("*.safetensors")) < out.bytes_before
+    stock = AutoModelForCausalLM.from_pretrained(out.path, dtype=torch.float32).eval()
+    left = {x.num_experts for x in moekit.open(out.path).layout.routed}
+    assert left == {len(plan.kept(x)) for x in model.layout.routed}
+    ids = zoo.inputs(model.layout.family)["input_ids"]
+    batch = Batch(0, ids, torch.ones_like(ids, dtype=torch.bool))
+    (applied,) = logits_of(Subject(model, plan), [batch], torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(stock(input_ids=ids, use_cache=False).logits, applied, atol=1e-4)
+    written = stock.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False)
+    assert written.shape == (len(ids), 7)
+
+
+@torch.no_grad()
+def test_alignment_keeps_every_expert_of_a_trained_model_what_it_was():
+    """Each of refmoe's experts brought into the order of another computes the same, and is no less like it."""
+    stock = moekit.open("refmoe").load(torch.float32)
+    drawn = torch.Generator().manual_seed(0)
+    for path, experts in stock.named_modules():
+        if not hasattr(experts, "_apply_gate"):
+            continue
+        tensors = {name: x.data for name, x in experts.named_parameters(recurse=False)}
+        units = ExpertUnits(Family().expert_form(experts), tensors)
+        hidden = torch.randn(4, experts.down_proj.shape[1], generator=drawn)
+        for expert in range(1, experts.num_experts, 3):
+            before, ours = run_expert(experts, hidden, expert), units.units(expert)
+            order = units.alignment(0, expert)
+            assert sorted(order.tolist()) == list(range(len(order)))
+            likeness = (units.units(0) * ours).sum()
+            for name, x in units.tensors.items():
+                x[expert] = units.permuted(name, expert, order)
+            assert torch.allclose(run_expert(experts, hidden, expert), before, atol=1e-5), path
+            assert torch.equal(units.units(expert), ours[order])
+            assert (units.units(0) * units.units(expert)).sum() >= likeness
+
+
 def test_a_model_in_memory_says_that_it_cannot(merged):
     model, plan, _ = merged
     view = MoEView(model.load(torch.float32), model.layout)
@@ -174,6 +226,61 @@ def test_the_budget_is_exact_and_every_expert_is_somewhere(stats, name, keep):
 def test_a_global_budget_has_the_same_total(stats):
     plan = moekit.plan("m-smoe", stats, keep=0.5, spread="global")
     assert sum(len(plan.kept(layer)) for layer in stats.layout.routed) == 6 * 16
+
+
+def used(layout, counts_LE):
+    """Statistics that say how often experts were chosen, and that none is like another."""
+    experts = counts_LE.shape[1]
+    layers = {
+        layer.index: LayerStats(
+            {
+                "count": counts_E[None].astype(float),
+                "logit_gram": np.eye(experts)[None],
+                **{name: np.ones((1, experts)) for name in ("peak", "gate_mass")},
+            }
+        )
+        for layer, counts_E in zip(layout.routed, counts_LE, strict=True)
+    }
+    return Stats(layout.hash, ("text",), np.array([10_000]), np.array([1]), layers, {"layout": layout.to_dict()})
+
+
+def thresholded(counts_LE, total):
+    """How many experts each layer keeps by the paper's rule: shares pooled, each layer's best 1, a threshold."""
+    phi_LE = counts_LE / counts_LE.sum(1, keepdims=True)
+    phi_LE[np.arange(len(phi_LE)), phi_LE.argmax(1)] = 1.0
+    threshold = np.sort(phi_LE.ravel())[::-1][total]
+    return (phi_LE > threshold).sum(1).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [2, 8, 0.5, 30])
+def test_a_global_budget_is_the_adaptive_threshold_of_the_paper(seed, keep):
+    source = moekit.open("refmoe").layout
+    layout = dataclasses.replace(source, layers=tuple(dataclasses.replace(x, top_k=1) for x in source.layers))
+    counts_LE = np.random.default_rng(seed).pareto(0.7, (6, 32)) + 1e-3  # no two alike
+    plan = moekit.plan("m-smoe", used(layout, counts_LE), keep=keep, spread="global", protect="none")
+    total = 6 * (keep if isinstance(keep, int) else round(keep * 32))
+    found = [len(plan.kept(layer)) for layer in layout.routed]
+    assert found == thresholded(counts_LE, total)
+    assert sum(found) == total
+    for layer, counts_E in zip(layout.routed, counts_LE, strict=True):  # and they are the most used ones
+        kept = list(plan.kept(layer))
+        assert counts_E[kept].min() >= np.delete(counts_E, kept).max(initial=0)
+
+
+def test_ties_of_a_global_budget_are_broken_by_rank():
+    layout = moekit.open("refmoe").layout
+    plan = moekit.plan("m-smoe", used(layout, np.ones((6, 32))), keep=11, spread="global", protect="none")
+    assert [len(plan.kept(layer)) for layer in layout.routed] == [11] * 6
+    counts_LE = np.ones((6, 32))
+    counts_LE[2, :20] = 3.0  # one layer has more that are used alike
+    found = [
+        len(moekit.plan("m-smoe", used(layout, counts_LE), keep=11, spread="global", protect="none").kept(layer))
+        for layer in layout.routed
+    ]
+    assert found[2] == 20
+    assert sum(found) == 66
+    assert max(found[:2] + found[3:]) - min(found[:2] + found[3:]) <= 1
 
 
 def test_options_are_checked(stats):
