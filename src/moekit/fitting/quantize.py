@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from moekit import methods
-from moekit.apply.quantize import Rounded, check_finite, quantised_parameters, roundings
+from moekit.apply.quantize import Rounded, check_finite, roundings
 from moekit.checkpoint.packing import dequantise_packed, pack
 from moekit.data import Batch
 from moekit.errors import DataError, ModelError, PlanError
@@ -273,11 +273,10 @@ class _Rounding(_Pass):
 
     def _put(self, index: int) -> None:
         """Let the layer that is in be the rounded one."""
-        model = self.loader.model
-        stored = (*model.named_parameters(), *model.named_buffers())
-        stem = f"{self.loader.layers_path}.{index}."
-        tensors = {key: x.data.cpu() for key, x in stored if key.startswith(stem)}
-        self.loader.attach(index, quantised_parameters(self.loader, self.layout, self.plan, index, tensors))
+        with torch.inference_mode():
+            for x in roundings(self.loader.checkpoint, self.loader.understanding, self.plan, index):
+                weight = x.matrix.view(self.parameter(x.matrix.key))
+                weight.copy_(x.read_back(weight))
 
     def _of_layer(self, stop: Stop) -> dict[str, torch.Tensor]:
         """The packed numbers of all that the plan rounds in a layer, and where GPTQ could not be."""
