@@ -1,0 +1,115 @@
+"""moekit run: write on from a prompt, or chat, in a given amount of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moekit.cli.screen import console
+from moekit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from moekit.serve.engine import Engine
+    from moekit.serve.sampling import Sampling
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("run")(run)
+
+
+def run(
+    store: Path = typer.Argument(help="A folder that `moekit pack` made."),
+    prompt: str | None = typer.Option(None, help="The text to continue."),
+    chat: bool = typer.Option(False, "--chat", help="Talk: a line from you, an answer, until an empty line."),
+    memory: str | None = typer.Option(
+        None, help="Of the whole process, as 2GiB.  [default: as much as all experts need]"
+    ),
+    max_tokens: int = typer.Option(256, min=1, help="Of an answer, at most."),
+    context: int = typer.Option(2048, min=16, help="Tokens of prompt and answer together, at most."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0: always the likeliest token."),
+    top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Only the likeliest tokens that have this share."),
+    seed: int = typer.Option(0, help="Of the draws."),
+    policy: str = typer.Option("lru", help="Which experts stay in memory."),
+    steer: Path | None = typer.Option(None, help="A steering plan to apply."),
+    stats: bool = typer.Option(False, "--stats", help="Say afterwards where the time and the memory went."),
+) -> None:
+    """Run a packed model in less memory than it needs: experts are read when a token chooses them.
+
+    The memory is that of the whole process, with Python, the context and all; reads go past the page cache. With
+    experts in 16 bits the text is the stock model's, token for token.
+    """
+    from moekit.data import load_tokenizer
+    from moekit.serve.engine import Engine
+    from moekit.serve.sampling import Sampling
+
+    if (prompt is None) == (not chat):
+        raise RecipeError("there is nothing to answer", expected="either --prompt TEXT or --chat")
+    tokenizer = load_tokenizer(store)
+    engine = Engine(store, memory=memory, policy=policy, context=context)
+    sampling = Sampling(temperature, top_p, seed)
+    with _steered(engine, steer):
+        if prompt is not None:
+            _answer(engine, tokenizer, tokenizer(prompt).input_ids, max_tokens, sampling)
+        else:
+            _talk(engine, tokenizer, max_tokens, sampling)
+    if stats:
+        _tell(engine)
+    engine.close()
+
+
+def _steered(engine: Engine, plan: Path | None) -> Any:
+    from contextlib import nullcontext
+
+    from moekit.apply.live import live
+    from moekit.plans import Plan
+    from moekit.view import MoEView
+
+    if plan is None:
+        return nullcontext()
+    return live(MoEView(engine.model, engine.layout), Plan.load(plan))
+
+
+def _answer(engine: Engine, tokenizer: Any, ids: list[int], max_tokens: int, sampling: Sampling) -> str:
+    """Write an answer on the screen as it comes; what is not whole characters yet waits."""
+    written: list[int] = []
+    shown = ""
+    for token in engine.stream(ids, max_tokens, sampling):
+        written.append(token)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+    typer.echo(tokenizer.decode(written, skip_special_tokens=True)[len(shown) :])
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
+def _talk(engine: Engine, tokenizer: Any, max_tokens: int, sampling: Sampling) -> None:
+    if tokenizer.chat_template is None:
+        raise RecipeError("this model has no chat template", where="--chat", fix="use --prompt")
+    said: list[dict[str, str]] = []
+    while line := typer.prompt("you", default="", show_default=False).strip():
+        said.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        said.append({"role": "assistant", "content": _answer(engine, tokenizer, ids, max_tokens, sampling)})
+
+
+def _tell(engine: Engine) -> None:
+    from moekit.recipe import format_bytes
+
+    timing, counts, memory = engine.timing, engine.cache.counts, engine.memory
+    tokens = sorted(timing.token_s)
+    screen = console()
+    if tokens:
+        total = sum(tokens)
+        screen.print(
+            f"{len(tokens) / total:.1f} tokens/s (median {1e3 * tokens[len(tokens) // 2]:.0f} ms, "
+            f"slowest {1e3 * tokens[-1]:.0f} ms); prompt {timing.prefill_s:.2f} s; "
+            f"waited for the disk {timing.stall_s:.2f} s"
+        )
+    screen.print(
+        f"{counts.hit_rate:.0%} of experts found in memory, {format_bytes(counts.read_bytes)} read; "
+        f"{memory.slots} places for experts ({format_bytes(memory.experts)}) of {format_bytes(memory.budget)}"
+    )

@@ -1,0 +1,90 @@
+"""pack and run on the command line: what they say, what they write, and that memory is held by the whole process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moekit
+import zoo
+from moekit.cli import main
+from moekit.families.model import Model
+from moekit.plans import Plan, Steer
+from moekit.serve.packing import pack
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "store"
+    assert main(["pack", "refmoe", "--out", str(path)]) == 0
+    return path
+
+
+def test_what_is_written_is_what_stock_writes(store, capsys):
+    assert main(["run", str(store), "--prompt", "import os", "--max-tokens", "12", "--stats"]) == 0
+    shown = capsys.readouterr().out
+    from moekit.data import load_tokenizer
+
+    tokenizer = load_tokenizer(store)
+    stock = moekit.open("refmoe").load(torch.bfloat16)
+    stock.set_experts_implementation("eager")
+    ids = tokenizer("import os", return_tensors="pt").input_ids
+    out = stock.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert shown.startswith(tokenizer.decode(out, skip_special_tokens=True))
+    assert "tokens/s" in shown
+    assert "of experts found in memory" in shown
+
+
+def test_a_plan_steers_what_is_written(store, tmp_path, capsys):
+    model = moekit.open("refmoe")
+    bans = [Steer(layer=x.index, expert=e, action="ban") for x in model.layout.routed for e in range(0, 28)]
+    plan = Plan(layout_hash=model.layout.hash, ops=bans).save(tmp_path / "plan.json")
+    texts = []
+    for extra in ([], ["--steer", str(plan)]):
+        assert main(["run", str(store), "--prompt", "import os", "--max-tokens", "12", *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to answer"),
+        (["--prompt", "x", "--chat"], "nothing to answer"),
+        (["--chat"], "no chat template"),
+        (["--prompt", "x", "--memory", "100MB"], "so little memory"),
+        (["--prompt", "x", "--policy", "lfo"], "no cache policy"),
+        (["--prompt", "", "--steer", "nowhere.json"], "no such plan"),
+    ],
+)
+def test_mistakes_are_told(store, capsys, arguments, message):
+    assert main(["run", str(store), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+MEASURED = """
+import sys
+from moekit.serve.engine import Engine, _peak_rss
+engine = Engine(sys.argv[1], memory=int(sys.argv[2]) or None, context=512)
+list(engine.stream([x % 160 for x in range(400)], 20))
+print(engine.memory.budget, _peak_rss(), engine.memory.slots)
+"""
+
+
+def test_the_process_stays_within_its_memory(tmp_path):
+    """150 MB of experts in 100 MB less than everything takes: the peak of the whole process, as the system counts."""
+    changes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 64, "num_hidden_layers": 3}
+    zoo.build("qwen3_moe", dtype=torch.bfloat16, **changes).save_pretrained(tmp_path / "model")
+    store = pack(Model.open(tmp_path / "model"), tmp_path / "store")
+
+    def measured(memory):
+        command = [sys.executable, "-c", MEASURED, str(store), str(memory)]
+        return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+    _, whole, every = measured(0)
+    budget, peak, slots = measured(whole - 100_000_000)
+    assert slots < every / 2
+    assert peak <= budget
