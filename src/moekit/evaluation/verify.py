@@ -1,4 +1,8 @@
-"""Proof that a checkpoint does what its plan says: stock transformers on the files against the plan applied live."""
+"""Proof that a checkpoint does what its plan says: stock transformers on the files against the plan applied live.
+
+A few sequences tell that the whole works; which experts their tokens choose is left to chance. So the weights of all
+that is there are compared too (`moekit.evaluation.weights`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 
 from moekit.data import Batch, Dataset
 from moekit.evaluation.compare import Subject, logits_of
+from moekit.evaluation.weights import compare_weights
 from moekit.families.model import Model
 from moekit.plans import Plan
 from moekit.progress import Progress, silent
@@ -25,7 +30,7 @@ class Verification:
     """What was compared and found.
 
     Attributes:
-        ok: at least `AGREEING` of the positions are within tolerance.
+        ok: at least `AGREEING` of the positions are within tolerance, and no weight is wrong.
         loaded_by: "stock transformers" or, where the model does not fit in memory, "stock layers, streamed".
         dtype: that both ran in.
         positions: compared.
@@ -33,6 +38,8 @@ class Verification:
         tolerance: largest allowed difference relative to the position's largest logit.
         max_difference: largest absolute difference of two logits.
         generated: what the new model says after the first tokens of the text, greedily; None when streamed.
+        experts: whose weights were compared, in all layers.
+        wrong: weights that are not those of the source under the plan.
     """
 
     ok: bool
@@ -43,6 +50,8 @@ class Verification:
     tolerance: float
     max_difference: float
     generated: str | None = None
+    experts: int = 0
+    wrong: tuple[str, ...] = ()
 
 
 def verify(
@@ -53,7 +62,8 @@ def verify(
     tokenizer: Any = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Compare `result`, loaded from its files, with `source` under the live plan, on a few sequences of `data`.
+    """Compare `result`, loaded from its files, with `source` under the live plan: logits on a few sequences of `data`,
+    and every weight.
 
     Small models are compared in float32 and loaded by stock transformers; where the new model does not fit in half of
     the free memory, or is packed and the package for that is not installed, its stock layers are streamed, in its own
@@ -91,8 +101,9 @@ def verify(
             generated = _generate(model, batches[0].ids[:1, :16], tokenizer)
     every = torch.cat(relative)
     within = float((every <= TOLERANCE[dtype]).float().mean())
+    weights = compare_weights(source, plan, result, progress)
     return Verification(
-        ok=within >= AGREEING,
+        ok=within >= AGREEING and not weights.wrong,
         loaded_by="stock transformers" if fits else "stock layers, streamed",
         dtype=str(dtype).removeprefix("torch."),
         positions=len(every),
@@ -100,6 +111,8 @@ def verify(
         tolerance=TOLERANCE[dtype],
         max_difference=largest,
         generated=generated,
+        experts=weights.experts,
+        wrong=weights.wrong,
     )
 
 

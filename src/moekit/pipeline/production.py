@@ -208,7 +208,8 @@ def _fail(failed: Path, place: Path, found: Verification) -> None:
     raise VerificationError(
         "the written model does not do what the plan says",
         where=failed,
-        expected=f"logits within {found.tolerance:g} of the plan applied live, at 99% of positions",
-        got=f"{found.within:.1%} of positions, largest difference {found.max_difference:.3g}",
+        expected=f"logits within {found.tolerance:g} of the plan applied live, at 99% of positions, and its weights",
+        got=f"{found.within:.1%} of positions, largest difference {found.max_difference:.3g}"
+        + (f"; {len(found.wrong)} weights differ, the first {found.wrong[0]}" if found.wrong else ""),
         fix="do not use it; please report the family",
     )

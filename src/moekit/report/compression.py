@@ -175,7 +175,8 @@ def _verification(proof: Mapping[str, Any], against: str) -> Iterator[str]:
     yield (
         f"The files, run by {proof['loaded_by']}, against {against} with the plan applied live ({proof['dtype']}, "
         f"{proof['positions']} positions): largest logit difference {proof['max_difference']:.2g}; "
-        f"{proof['within']:.1%} of positions within {proof['tolerance']:g} of their largest logit."
+        f"{proof['within']:.1%} of positions within {proof['tolerance']:g} of their largest logit. "
+        f"Read back, the weights are those of the source under the plan, in each of {proof['experts']:,} experts too."
     )
     if proof["generated"]:
         yield from ("", "It continues the first evaluation text with:", "", "```", proof["generated"], "```")
