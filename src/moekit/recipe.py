@@ -81,9 +81,10 @@ Size = Annotated[int, Field(ge=1_000_000), _checked(parse_bytes)]
 Keep = Annotated[int | float, _checked(_keep)]
 Spread = Literal["uniform", "global"]
 Protect = Literal["super", "none"]
+Padding = Literal["none", "exact"]
 Names = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
 
-_NOT_OPTIONS = {key: f"write {key} beside options" for key in ("keep", "domain", "spread", "protect")} | {
+_NOT_OPTIONS = {key: f"write {key} beside options" for key in ("keep", "domain", "spread", "padding", "protect")} | {
     "seed": "write it in calibration"
 }
 
@@ -133,6 +134,8 @@ class Step(Part):
             method needs none.
         domain: the domains whose statistics count; None: the recipe's.
         spread: the same number in every layer, or as many in all, where they are worth most.
+        padding: "exact": a model whose layers keep different numbers is written, with experts of zeros that are never
+            chosen where a layer has fewer.
         protect: what stays whatever its score: super experts, or nothing.
         options: of the method.
         remeasure: take statistics of the model that the steps before have made, instead of carrying the source's over.
@@ -142,12 +145,13 @@ class Step(Part):
     keep: Keep | None = None
     domain: Names | None = None
     spread: Spread = "uniform"
+    padding: Padding = "none"
     protect: Protect = "super"
     options: dict[str, Any] = {}
     remeasure: bool = False
 
 
-SHORT = ("method", "keep", "spread", "protect", "options")  # a recipe with these is one step
+SHORT = ("method", "keep", "spread", "padding", "protect", "options")  # a recipe with these is one step
 
 
 class Recipe(Part):
@@ -157,7 +161,7 @@ class Recipe(Part):
         model: a folder, a hub id, or "refmoe".
         data: calibration text, path or dataset by domain.
         domain: the domains whose statistics count; None: all.
-        method: of a single step, as `keep`, `spread`, `protect` and `options`: see `Step`.
+        method: of a single step, as `keep`, `spread`, `padding`, `protect`, `options`: see `Step`.
         steps: instead of these: what is done, one after the other.
         keep_steps: do not remove the models between the steps.
         calibration: how much of the text is measured.
@@ -174,6 +178,7 @@ class Recipe(Part):
     method: str = "easy-ep"
     keep: Keep | None = None
     spread: Spread = "uniform"
+    padding: Padding = "none"
     protect: Protect = "super"
     options: dict[str, Any] = {}
     steps: Annotated[list[Step], Field(min_length=1)] | None = None
@@ -188,7 +193,7 @@ class Recipe(Part):
     @property
     def steps_(self) -> list[Step]:
         """What is done, one after the other: `steps`, or the one step that the short form says; domains filled in."""
-        short = Step(method=self.method, keep=self.keep, spread=self.spread, protect=self.protect, options=self.options)
+        short = Step(**{key: getattr(self, key) for key in SHORT})
         steps = [short] if self.steps is None else self.steps
         return [x.model_copy(update={"domain": x.domain or self.domain}) for x in steps]
 

@@ -26,6 +26,7 @@ from moekit import __version__
 from moekit.apply.factor import DENSE_NOTE, factored_tensors
 from moekit.apply.factor import NOTE as FACTORED_NOTE
 from moekit.apply.made import MadeTensors
+from moekit.apply.padding import bias_names, empty_places, fused, of_zeros
 from moekit.apply.quantize import NOTE, OWN_NOTE, quantisation_config, quantised_tensors
 from moekit.apply.standins import NOTE as STAND_INS_NOTE
 from moekit.apply.standins import Readers, own_tensors, with_stand_ins
@@ -39,6 +40,7 @@ from moekit.families.packings import OWN, OWN_VERSION
 from moekit.families.seam import reroute
 from moekit.layout import ExpertTensor, MoELayer
 from moekit.plans import Plan, PlanTensors
+from moekit.plans.padding import Slots
 from moekit.progress import Progress, silent
 
 MTP_COUNT = re.compile(r"(nextn_predict|mtp).*layers")
@@ -151,17 +153,23 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     readers = with_stand_ins(readers, checkpoint, understanding, plan)
     gone = set(_mtp_tensors(understanding)) if _leaves_out_experts(plan) else set()
     new: dict[str, OutTensor] = {}
+    extra: dict[str, list[OutTensor]] = defaultdict(list)  # experts of zeros, behind a tensor of another expert
+    places = plan.places(layout)
     for layer in layout.routed:
         if layer.index in dropped:
-            kept = plan.kept(layer)
-            made = readers(layer.index)
+            kept, made = places[layer.index], readers(layer.index)
+            biases = bias_names(understanding, layer) if None in kept else set()
             for tensor in layer.tensors:
                 if tensor.expert is None:
-                    new[tensor.name] = _slice(checkpoint, layer, tensor, kept, made.get(tensor.name))
-            for name, expert, places in _of_one_expert(layer, understanding.unused):
+                    bias, read = tensor.name in biases, made.get(tensor.name)
+                    new[tensor.name] = _of_all_experts(checkpoint, layer, tensor, kept, bias, read)
+            for name, expert, numbers in _of_one_expert(layer, understanding.unused):
                 if expert in kept:
-                    copied = _copy(checkpoint.info(name), _renumbered(name, places, kept.index(expert)))
+                    info = checkpoint.info(name)
+                    copied = _copy(info, _renumbered(name, numbers, kept.index(expert)))
                     new[name] = replace(copied, source=Make(made[name])) if name in made else copied
+                    if expert == next(e for e in kept if e is not None):
+                        extra[name] += [of_zeros(info, _renumbered(name, numbers, x)) for x in empty_places(kept)]
                 else:
                     gone.add(name)
     for index in {op.layer for op in plan.ops}:
@@ -175,7 +183,11 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     single = {x.index: [(name, e) for name, e, _ in _of_one_expert(x, understanding.unused)] for x in replaced}
     instead |= own_tensors(checkpoint, understanding, plan, single)
     infos = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.start))
-    out = (instead.get(x.name, [new.get(x.name) or _copy(x, x.name)]) for x in infos if x.name not in gone)
+    out = (
+        [*instead.get(x.name, [new.get(x.name) or _copy(x, x.name)]), *extra[x.name]]
+        for x in infos
+        if x.name not in gone
+    )
     return [tensor for tensors in out for tensor in tensors]
 
 
@@ -197,7 +209,10 @@ def baked_config(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
         notes.append(DENSE_NOTE)
     if not _leaves_out_experts(plan):
         return config, notes
-    config = set_expert_count(config, layout.expert_count_keys, len(plan.kept(layout.routed[0])))
+    places = plan.places(layout)
+    config = set_expert_count(config, layout.expert_count_keys, len(places[layout.routed[0].index]))
+    if zeros := sum(x.count(None) for x in places.values()):
+        notes.append(f"layers filled up with {zeros} experts of zeros that are never chosen: they save no memory")
     if removed := _mtp_tensors(understanding):
         keys = _clear_mtp(config)
         notes.append(
@@ -211,11 +226,25 @@ def _copy(info: TensorInfo, name: str) -> OutTensor:
     return OutTensor(name, info.dtype, info.shape, Copy(info.file, ((info.start, info.end),)))
 
 
+def _of_all_experts(
+    checkpoint: Checkpoint,
+    layer: MoELayer,
+    tensor: ExpertTensor,
+    places: Slots,
+    bias: bool,
+    made: Callable[[], torch.Tensor] | None,
+) -> OutTensor:
+    """A tensor with an expert axis for the experts of `places`; `bias` keeps those of zeros from being chosen."""
+    if None in places and tensor.role != "table" and prod(checkpoint.info(tensor.name).shape) > 1:
+        return fused(checkpoint, layer, tensor, places, bias, made)
+    return _slice(checkpoint, layer, tensor, places, made)
+
+
 def _slice(
     checkpoint: Checkpoint,
     layer: MoELayer,
     tensor: ExpertTensor,
-    kept: tuple[int, ...],
+    places: Slots,
     made: Callable[[], torch.Tensor] | None = None,
 ) -> OutTensor:
     """A tensor with an expert axis, cut to the kept experts; what lies behind the experts (shared, null) stays.
@@ -225,8 +254,9 @@ def _slice(
     info, axis, count = checkpoint.info(tensor.name), tensor.axis or 0, layer.num_experts
     if tensor.role == "table":
         return OutTensor(
-            info.name, info.dtype, info.shape, Make(partial(_cut_table, checkpoint, info.name, kept, count))
+            info.name, info.dtype, info.shape, Make(partial(_cut_table, checkpoint, info.name, places, count))
         )
+    kept = [e for e in places if e is not None]
     if prod(info.shape) == 1:
         return _copy(info, info.name)  # one scale for all
     length = info.shape[axis]
@@ -248,10 +278,12 @@ def _slice(
     )
 
 
-def _cut_table(checkpoint: Checkpoint, name: str, kept: tuple[int, ...], count: int) -> torch.Tensor:
+def _cut_table(checkpoint: Checkpoint, name: str, places: Slots, count: int) -> torch.Tensor:
     """A table of expert numbers: dropped experts give way as under a live ban, then all get their new numbers."""
     rank = torch.full((count,), -1)
-    rank[list(kept)] = torch.arange(len(kept))
+    for place, expert in enumerate(places):
+        if expert is not None:
+            rank[expert] = place
     table = checkpoint.read(name)
     return rank[reroute(table, rank < 0).long()].to(table.dtype)
 

@@ -24,6 +24,7 @@ from moekit.plans.checks import (
 from moekit.plans.dynamic import Odp, check_dynamic, check_no_dynamics
 from moekit.plans.factoring import Factor, check_factored, check_factored_alone
 from moekit.plans.ops import OUTER, AnyOp, Drop, Merge, Quantize, QuantizeDense, Values, share_of
+from moekit.plans.padding import Slots, check_paddable, check_padded_alone, slots
 from moekit.plans.standins import OWN, Replace, check_alone, check_replaced
 from moekit.plans.steering import Steer, check_no_steering, check_steering
 
@@ -44,6 +45,8 @@ class Plan(BaseModel):
         measured: numbers behind the notes, such as "removed_gate_mass": share by decoder layer index.
         tensors: folder of the numbers that ops carry (`PlanTensors`); empty when there are none. In a file, a path that
             counts from the file's own folder.
+        padding: what is written where layers keep different numbers of experts. "exact": they are filled up with
+            experts of zeros that are never chosen (`moekit.plans.padding`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +60,7 @@ class Plan(BaseModel):
     notes: list[str] = []
     measured: dict = {}
     tensors: str = ""
+    padding: Literal["none", "exact"] = "none"
 
     def dropped(self) -> dict[int, tuple[int, ...]]:
         """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""
@@ -131,6 +135,16 @@ class Plan(BaseModel):
         gone = set(self.dropped().get(layer.index, ()))
         return tuple(e for e in range(layer.num_experts) if e not in gone)
 
+    def places(self, layout: Layout) -> dict[int, Slots]:
+        """The experts of each written layer by their old numbers; None: one of zeros, that fills a layer up."""
+        kept = {layer.index: self.kept(layer) for layer in layout.routed}
+        most = max(len(x) for x in kept.values())
+        full = {
+            x.index: slots(x, kept[x.index], most if self.padding == "exact" else len(kept[x.index]))
+            for x in layout.routed
+        }
+        return full
+
     def check(self, layout: Layout) -> None:
         """Refuse a plan that does not fit the model, before anything is loaded.
 
@@ -185,17 +199,22 @@ class Plan(BaseModel):
                 fix="quantise all layers alike, use format: moekit, or apply the plan live",
             )
         left = {len(self.kept(layer)) for layer in layout.routed}
-        if len(left) > 1:
+        if len(left) > 1 and self.padding == "exact":
+            check_paddable(layout)
+            check_padded_alone(self.ops)
+        elif len(left) > 1:
             raise PlanError(
                 "layers would keep different numbers of experts, which stock transformers cannot load",
                 expected="the same number in every MoE layer",
                 got=f"{min(left)} to {max(left)}",
-                fix="use a uniform spread (the default)",
+                fix="use a uniform spread (the default), or padding: exact where the router has a bias",
             )
 
     def saved_bytes(self, layout: Layout) -> int:
         """Bytes on disk that the plan saves, about (router rows and norms are left out)."""
         saved = sum(len(experts) * layout.by_index[index].expert_bytes for index, experts in self.dropped().items())
+        if self.padding == "exact":
+            saved -= sum(x.count(None) * layout.by_index[i].expert_bytes for i, x in self.places(layout).items())
         itemsize = ITEMSIZE.get(layout.dtype, 2)
         for index, replace in self.replaced().items():
             if replace.format == OWN:
