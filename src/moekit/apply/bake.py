@@ -112,6 +112,7 @@ def bake(
     if foreign:
         notes.append(f"left out, weights of the source in another form: {', '.join(foreign)}")
     numbers = [PlanTensors(plan.tensors).digest] if plan.tensors else []
+    numbers += [plan.padding] if plan.padding != "none" else []
     plan_hash = hashlib.sha256(json.dumps([op.model_dump() for op in plan.ops] + numbers).encode()).hexdigest()[:16]
     versions = {"moekit": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     source = {"name": checkpoint.path.name, "fingerprint": checkpoint.fingerprint, "layout": understanding.layout.hash}
