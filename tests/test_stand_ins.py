@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from moekit import methods
 from moekit.apply.bake import bake
 from moekit.data import Batch
-from moekit.errors import CheckpointError, PlanError
+from moekit.errors import CheckpointError, PlanError, RecipeError
 from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.model import Model
 from moekit.families.seam import Call, ExpertRows, Observer
-from moekit.layout import Layout
+from moekit.fitting import Fit, decide
+from moekit.layout import Layout, MoELayer, Part, Router
+from moekit.measurement import measure
+from moekit.methods import replace
 from moekit.plans import Drop, Group, Merge, Plan, PlanTensors, Quantize, Replace, constant_name
+from moekit.stats import LayerStats, Stats
 from moekit.view import MoEView
+from tiny import batch, dataset
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text"]
 OTHERS = ["zaya", "nemotron_h"]
@@ -344,3 +351,127 @@ def test_an_expert_with_vector_and_weights_or_neither_is_found_out(opened, tmp_p
     save_file(tensors | {weight.replace("experts.2.", "experts.3."): tensors[weight].clone()}, file)
     with pytest.raises(CheckpointError, match="one for expert 3"):
         Model.open(tmp_path / "out")
+
+
+# ---- what is decided
+
+
+def toy(experts: int = 6, biased: bool = False) -> tuple[Layout, Stats, dict[str, np.ndarray]]:
+    """Two layers with random outputs of 200 tokens, and the first layer's tokens themselves."""
+    rng = np.random.default_rng(0)
+    router = Router("softmax", renormalised=True)
+    layers, raw, statistics = [], {}, {}
+    for index in range(2):
+        layers.append(
+            MoELayer(
+                index, "", f"layers.{index}.experts", "", experts, (), experts, 2, router, 16, 0, (), 100,
+                width=5, output_bias=biased,
+            )
+        )  # fmt: skip
+        chosen = np.zeros((200, experts), bool)
+        np.put_along_axis(chosen, rng.random((200, experts - 1)).argsort(1)[:, :2], True, 1)  # the last stays cold
+        gates = np.where(chosen, rng.random((200, experts)) * rng.random(experts) + 0.01, 0.0)
+        outputs = rng.normal(size=(200, experts, 5)) * rng.random(experts)[:, None] * 3 + rng.normal(size=(experts, 5))
+        statistics[index] = LayerStats(
+            {
+                "count": chosen.sum(0)[None].astype(float),
+                "gate_mass": gates.sum(0)[None],
+                "norm_sq": (np.square(outputs).sum(2) * chosen).sum(0)[None],
+                "output": (outputs * chosen[..., None]).sum(0)[None].astype(np.float32),
+                "peak": np.ones((1, experts)),
+            }
+        )
+        raw = raw or {"chosen": chosen, "gates": gates, "outputs": outputs}
+    layout = Layout("toy", "toy", "Toy", 5, 2, 64, "float32", None, tuple(layers), {"experts": Part(1, 1)}, 1, ())
+    stats = Stats(layout.hash, ("text",), np.array([200]), np.array([1]), statistics)
+    return layout, stats, raw
+
+
+def replacing(stats: Stats, layout: Layout, **given) -> Plan:
+    settings = {"keep": 3, "domain": None, "spread": "uniform", "protect": "none", **given}
+    return replace.make_plan(methods.get("mone"), stats, layout, settings={"format": "auto"}, **settings)
+
+
+def test_scores_are_use_times_spread_token_by_token():
+    layout, stats, raw = toy()
+    expected, means = [], []
+    for e in range(6):
+        mine = raw["outputs"][raw["chosen"][:, e], e]
+        means.append(mine.mean(0) if len(mine) else np.zeros(5))
+        variance = sum(float(np.var(mine[:, d])) for d in range(5)) if len(mine) else 0.0
+        expected.append(raw["gates"][:, e].sum() * variance**0.5)
+    found = methods.get("mone")(stats, layout.layers[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(replace.stand_ins(stats, layout.layers[0], (0, 4, 5)), np.array(means)[[0, 4, 5]], 1e-5)
+    plan = replacing(stats, layout)
+    assert plan.ops[0].experts == tuple(sorted(np.argsort(expected)[:3].tolist()))
+    assert plan.ops[0].format == "moekit"
+    mass = raw["gates"].sum(0)
+    lost = plan.measured["replaced_gate_mass"]["0"]
+    assert lost == pytest.approx(mass[list(plan.ops[0].experts)].sum() / mass.sum())
+
+
+def test_a_cold_expert_goes_first_and_all_kept_changes_nothing():
+    layout, stats, _ = toy()
+    assert all(op.experts == (5,) for op in replacing(stats, layout, keep=5).ops)
+    assert replacing(stats, layout, keep=1.0).ops == []
+    assert [len(op.experts) for op in replacing(stats, layout, keep=1).ops] == [5, 5]  # fewer than top_k may stay
+
+
+def test_super_experts_keep_their_weights():
+    layout, stats, _ = toy()
+    stats.layers[0].arrays["peak"][0, 5] = 1000.0
+    assert 5 in replacing(stats, layout).ops[0].experts
+    protected = replacing(stats, layout, protect="super")
+    assert 5 not in protected.ops[0].experts
+    assert any("0.5" in note for note in protected.notes)
+
+
+def test_a_global_budget_has_the_same_total():
+    layout, stats, _ = toy()
+    for array in ("gate_mass",):
+        stats.layers[1].arrays[array] *= np.array([1, 1, 1, 1, 20, 20])
+    plan = replacing(stats, layout, spread="global")
+    assert sum(len(op.experts) for op in plan.ops) == 6
+    assert len(plan.ops[0].experts) != len(plan.ops[1].experts)
+
+
+def test_the_form_follows_the_family():
+    layout, stats, _ = toy(biased=True)
+    assert {op.format for op in replacing(stats, layout).ops} == {"stock"}
+    with pytest.raises(RecipeError, match="no format"):
+        replace.form_of(layout, "onnx")
+
+
+def test_vectors_need_a_folder(opened):
+    layout, stats, _ = toy()
+    with pytest.raises(PlanError, match="a folder"):
+        methods.make_plan("mone", stats, layout, keep=3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_decided_on_text_written_and_run(opened, family, tmp_path):
+    """Mean outputs as a plain loop takes them; with all experts kept nothing changes."""
+    model = opened(family)
+    data = dataset(batch(0, 24, 24), batch(1, 20))
+    stats = measure(model, data, groups=["scores", "outputs"], dtype=torch.float32)
+    fit = Fit(model, model, stats, data, tmp_path / "new", dtype=torch.float32)
+    plan = decide("mone", fit, keep=0.5)
+    notes, total, count = Notes(), defaultdict(lambda: torch.zeros(64)), Counter()
+    view = MoEView(model.load(torch.float32), model.layout)
+    layer = model.layout.routed[0]
+    for part in data.batches:
+        with view.watch(notes), torch.inference_mode():
+            view.model(input_ids=part.ids)
+        for expert, rows in notes.outputs[layer.index].items():
+            total[expert] += rows.output.sum(0)
+            count[expert] += len(rows.output)
+        notes.outputs.clear()
+    for expert in plan.replaced()[layer.index].experts:
+        found = PlanTensors(plan.tensors).read(layer.index, constant_name(layer, expert))
+        assert torch.allclose(found, total[expert] / max(count[expert], 1), atol=1e-5)
+    bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    made = Model.open(tmp_path / "out")
+    assert torch.allclose(logits(made), logits(model, plan), atol=1e-5)
+    assert (made.layout.quantisation is None) == (family == "gpt_oss")
+    assert decide("mone", fit, keep=1.0).ops == []

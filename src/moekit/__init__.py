@@ -131,25 +131,33 @@ def bake(model: Model, plan: Plan, out: str | Path, *, data: Texts | Dataset | N
 
 
 def evaluate(
-    model: Model | Result | str | Path, *, data: Texts | Dataset, against: Model | None = None, **settings: Any
+    model: Model | Result | str | Path,
+    *,
+    data: Texts | Dataset,
+    against: Model | None = None,
+    plan: Plan | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Perplexity by domain and, against a source model, KL divergence and top-1 agreement.
 
     Args:
         model: from `open` or `bake`, or a folder.
         data: texts by domain, or a tokenised `Dataset`.
-        against: the source model.
+        against: the source model; with a plan, None is the model without it.
+        plan: is applied live.
 
     Raises:
         UserError: see `moekit.evaluation.evaluate`.
     """
     from moekit.evaluation import evaluate as run
+    from moekit.evaluation.compare import Subject
     from moekit.families.model import Model
     from moekit.pipeline import Result
 
     place = model.path if isinstance(model, Result) else model
     opened = place if isinstance(place, Model) else Model.open(place or "nowhere: only planned")
-    return run(opened, _dataset(opened, data), against=against, **settings)
+    subject, against = (Subject(opened, plan), against or opened) if plan else (opened, against)
+    return run(subject, _dataset(opened, data), against=against, **settings)
 
 
 def _dataset(model: Model, texts: Texts | Dataset) -> Dataset:

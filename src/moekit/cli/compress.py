@@ -97,7 +97,7 @@ def _needs_keep(method: str | None, steps: list[str]) -> bool:
     """Whether a number of experts must be given beside the method."""
     from moekit.methods import METHODS, get
 
-    return not steps and (method is None or method not in METHODS or get(method).kind in ("prune", "merge"))
+    return not steps and (method is None or method not in METHODS or get(method).kind in ("prune", "merge", "replace"))
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:
@@ -201,7 +201,8 @@ def after(job: Job, result: Result) -> list[str]:
         )
     lines += [f"  {note}" for note in (*baked.notes, *(result.coverage.warnings() if result.coverage else ()))]
     lines.append("  " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
-    lines.append(f"  read {result.path / 'report.md'}; load it with AutoModelForCausalLM.from_pretrained")
+    how = "run it with moekit" if result.plan.own_form else "load it with AutoModelForCausalLM.from_pretrained"
+    lines.append(f"  read {result.path / 'report.md'}; {how}")
     return lines
 
 
@@ -219,10 +220,13 @@ def evaluation_table(evaluation: Evaluation) -> object:
                 f"{x.kl.value:.3f}",
                 f"{x.agreement.value:.1%}",
             ]
-        rows.append(row)
+        active = [] if x.active_experts is None else [f"{x.active_experts:.2f}"]
+        rows.append([*row, *active])
     columns: tuple[str, ...] = ("domain", "tokens", "perplexity")
     if evaluation.max_logit_difference is not None:
         columns = ("domain", "tokens", "ppl before", "after", "ratio [95%]", "KL", "same top token")
+    if any(x.active_experts is not None for x in evaluation.domains.values()):
+        columns = (*columns, "experts a token")
     return table("", columns, rows)
 
 

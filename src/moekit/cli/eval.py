@@ -27,6 +27,7 @@ def evaluate(
     num_fewshot: int | None = typer.Option(None, help="Examples before each question.  [default: the task's]"),
     batch_size: int = typer.Option(8, help="Sequences at once in tasks, for a model in memory."),
     against: str | None = typer.Option(None, help="A source model to compare with."),
+    plan: Path | None = typer.Option(None, help="A plan (JSON) to apply live; compared with the model without it."),
     tokens: int = typer.Option(16_384, help="Tokens of each domain."),
     sequence_length: int = typer.Option(512, help="Tokens of a sequence."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
@@ -36,6 +37,7 @@ def evaluate(
 ) -> None:
     """Score a model on text, layer by layer, with 95% intervals over sequences; and on tasks, with standard errors."""
     import moekit
+    from moekit.plans import Plan
 
     names = [name for item in tasks for name in item.split(",") if name]
     if not data and not names:
@@ -44,10 +46,15 @@ def evaluate(
             where=f"moekit eval {model}",
             fix=f"e.g. moekit eval {model} --data mine=texts/, or moekit eval {model} --tasks arc_easy",
         )
+    if plan and names:
+        raise RecipeError("a plan is applied to text, not to tasks", where="--plan", fix="give --data instead")
     if out:
         check_file(out)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
     source = moekit.open(against, trust_remote_code=trust_remote_code) if against else None
+    live = Plan.load(plan) if plan else None
+    if live:
+        live.check(opened.layout)
     found: dict[str, Any] = {}
     shown: list[object] = []
     with bars() as progress:
@@ -69,7 +76,9 @@ def evaluate(
             shown.append(_task_table(*scores.rows()))
         if data:
             texts = moekit.load_data(opened, data, tokens=tokens, sequence_length=sequence_length)
-            evaluation = moekit.evaluate(opened, data=texts, against=source, device=device, progress=progress)
+            evaluation = moekit.evaluate(
+                opened, data=texts, against=source, plan=live, device=device, progress=progress
+            )
             found = evaluation.to_dict() | found
             shown.insert(0, evaluation_table(evaluation))
     if out:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from moekit.data import Batch, Dataset
 from moekit.errors import DataError
 from moekit.evaluation.intervals import Interval, ratio_interval
 from moekit.families.model import Model
+from moekit.families.seam import Call
 from moekit.families.tokens import Tokens
 from moekit.markup import html_table
 from moekit.plans import Plan
@@ -58,6 +59,30 @@ class Watcher(Observer):
     batch: tuple[int, Batch]
 
 
+class _Active(Watcher):
+    """Counts, by domain, the experts that real tokens run: not slots that stay empty, not constants."""
+
+    def __init__(self, subject: Subject, domains: int):
+        layout, replaced = subject.model.layout, subject.plan.replaced() if subject.plan else {}
+        self._idle = {
+            layer.index: [*layer.constants, *(replaced[layer.index].experts if layer.index in replaced else ())]
+            for layer in layout.routed
+        }
+        self._run, self._tokens = np.zeros(domains), np.zeros(domains)
+
+    def routed(self, call: Call) -> None:
+        """Add a layer's choices."""
+        batch = self.batch[1]
+        ids = call.ids[batch.mask.reshape(-1).to(call.ids.device)]
+        idle = torch.tensor([*self._idle[call.layer.index], call.layer.num_experts], device=ids.device)
+        self._run[batch.domain] += int((~torch.isin(ids, idle)).sum())
+        self._tokens[batch.domain] += len(ids)
+
+    def means(self) -> list[float]:
+        """Experts of a token in a layer, by domain."""
+        return (self._run / np.maximum(self._tokens, 1)).tolist()
+
+
 @dataclass(frozen=True)
 class DomainScore:
     """One domain's results; intervals are 95%, over sequences.
@@ -69,6 +94,7 @@ class DomainScore:
         agreement: share of positions where both models' likeliest token is the same; None without a source.
         ratio: perplexity over the source's, paired; None without a source.
         source_perplexity: of the source on the same tokens.
+        active_experts: experts that run for a token in an MoE layer, on average; None without a live plan.
     """
 
     tokens: int
@@ -78,6 +104,7 @@ class DomainScore:
     agreement: Interval | None = None
     ratio: Interval | None = None
     source_perplexity: Interval | None = None
+    active_experts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,8 @@ class Evaluation:
                 if x.kl and x.ratio and x.agreement
                 else ""
             )
-            lines.append(f"{name:<14}{x.tokens:>9,}{x.perplexity.value:>12.3f}{compared}")
+            active = "" if x.active_experts is None else f"   {x.active_experts:.2f} experts a token"
+            lines.append(f"{name:<14}{x.tokens:>9,}{x.perplexity.value:>12.3f}{compared}{active}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -173,7 +201,8 @@ def evaluate(
             got=subject.model.layout.vocab_size,
         )
     batches = split_rows(data, subject.model.layout.vocab_size)
-    ours = logits_of(subject, batches, dtype, device, progress, None if source else watcher)
+    active = _Active(subject, len(data.domains)) if subject.plan and (source or not watcher) else None
+    ours = logits_of(subject, batches, dtype, device, progress, active or (None if source else watcher))
     theirs = logits_of(source, batches, dtype, device, progress, watcher) if source else None
     sums: list[list[_Sums]] = [[] for _ in data.domains]
     largest = 0.0
@@ -188,6 +217,11 @@ def evaluate(
                 largest = max(largest, difference)
             del mine, other
     scores = {name: _domain_score(rows, source is not None) for name, rows in zip(data.domains, sums, strict=True)}
+    if active:
+        scores = {
+            name: replace(score, active_experts=mean)
+            for (name, score), mean in zip(scores.items(), active.means(), strict=True)
+        }
     return Evaluation(scores, largest if source is not None else None)
 
 

@@ -23,6 +23,7 @@ FITTED: dict[str, str] = {
     "gptq-int3": "moekit.fitting.quantize:plan",
     "gptq-int2": "moekit.fitting.quantize:plan",
     "mc-moe": "moekit.fitting.quantize:plan",
+    "mone": "moekit.fitting.standins:plan",
     "ream": "moekit.fitting.sequential:plan",
 }
 

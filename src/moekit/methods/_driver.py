@@ -8,7 +8,7 @@ from typing import Any
 from moekit.errors import PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
 from moekit.methods import budget as budgets
-from moekit.methods import merge, prune, quantize
+from moekit.methods import live, merge, prune, quantize
 from moekit.methods._registry import Method, get
 from moekit.methods.cold import cold_notes
 from moekit.methods.common import Domain
@@ -18,6 +18,12 @@ from moekit.stats import Stats
 SPREADS = ("uniform", "global")
 PROTECT = ("super", "none")
 ROUTER_ROWS = ("dominant", "weighted")
+WHOLE = {
+    "quantize": "quantises",
+    "factor": "factors",
+    "heal": "heals",
+    "live": "skips",
+}  # kinds of methods that leave every expert its place
 
 
 def make_plan(
@@ -55,9 +61,13 @@ def make_plan(
         DataError: no such domain, a quantity that was not measured, or scores that are no numbers.
     """
     method, rows, settings = check_options(name, ({"seed": seed} if "seed" in get(name).options else {}) | options)
-    _one_of("spread", spread, SPREADS)
-    _one_of("protect", protect, PROTECT)
+    check_common(spread, protect)
     keep = check_keep(method, keep)
+    if method.kind == "replace":
+        raise PlanError(
+            f"a plan of {name!r} carries vectors, which need a folder to lie in",
+            fix="use moekit compress or moekit.fitting.decide",
+        )
     counts = budgets.uniform(layout, keep)
     if stats is None:
         if method.groups:
@@ -72,6 +82,8 @@ def make_plan(
     check_layout(method, layout, spread)
     if method.kind == "quantize":
         plan = quantize.make_plan(method, stats, layout, domain=domain, settings=settings)
+    elif method.kind == "live":
+        plan = live.make_plan(method, stats, layout, domain=domain, settings=settings)
     else:
         make: Callable[..., Plan] = merge.make_plan if method.kind == "merge" else prune.make_plan
         plan = make(
@@ -81,6 +93,16 @@ def make_plan(
     if method.needs:
         plan.notes += cold_notes(plan, stats, layout, domain)
     return plan
+
+
+def check_common(spread: str, protect: str) -> None:
+    """Refuse a spread or a protection that there is not.
+
+    Raises:
+        RecipeError: see above.
+    """
+    _one_of("spread", spread, SPREADS)
+    _one_of("protect", protect, PROTECT)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[str, str], dict[str, Any]]:
@@ -121,12 +143,12 @@ def check_layout(method: Method, layout: Layout, spread: str = "uniform") -> Non
 
 
 def check_keep(method: Method, keep: float | int | None) -> float | int:
-    """`keep` as the method takes it: a quantising one keeps all experts, every other must be told.
+    """`keep` as the method takes it: quantising and healing keep all experts, every other must be told.
 
     Raises:
-        RecipeError: it is missing, or a quantising method is to keep fewer.
+        RecipeError: it is missing, or a method that keeps all experts is to keep fewer.
     """
-    if method.kind != "quantize":
+    if method.kind not in WHOLE:
         if keep is None:
             raise RecipeError(
                 f"{method.name!r} must be told how many experts to keep", where="keep", fix="add keep: 0.5"
@@ -134,11 +156,11 @@ def check_keep(method: Method, keep: float | int | None) -> float | int:
         return keep
     if keep is not None and (type(keep) is int or keep != 1.0):
         raise RecipeError(
-            f"{method.name!r} quantises experts and drops none",
+            f"{method.name!r} {WHOLE[method.kind]} experts and drops none",
             where="keep",
             expected="1.0, or left out",
             got=keep,
-            fix="first prune or merge, then quantise the result",
+            fix="first prune or merge, then take the result on",
         )
     return 1.0
 

@@ -27,6 +27,8 @@ METHODS = {
     "m-smoe": "moekit.methods.merge.m_smoe:groups",
     "hc-smoe": "moekit.methods.merge.hc_smoe:groups",
     "ream": "moekit.methods.merge.ream:groups",
+    "mone": "moekit.methods.replace.mone:scores",
+    "odp": "moekit.methods.live.odp:way",
     "rtn-int8": "moekit.methods.quantize.rtn:int8",
     "rtn-int4": "moekit.methods.quantize.rtn:int4",
     "rtn-int3": "moekit.methods.quantize.rtn:int3",

@@ -10,9 +10,10 @@ from moekit import methods
 from moekit.errors import RecipeError, UserError
 from moekit.families.packings import MIXED, OWN
 from moekit.layout import Layout, Part
+from moekit.methods import replace as replacing
 from moekit.methods.budget import uniform
 from moekit.methods.quantize import ways
-from moekit.plans import Drop, Merge, Plan, QuantizeDense, Replace
+from moekit.plans import Drop, Merge, Plan, QuantizeDense, Replace, check_stand_ins
 from moekit.recipe import Step
 from moekit.stats import NOT_CARRIED
 
@@ -109,6 +110,9 @@ def _supposed(layout: Layout, step: Step) -> Plan:
     if method.kind == "quantize":
         plan.ops = [*ways(method, layout, method.settings(step.options))]
         plan.check(layout)
+    elif method.kind == "replace" and step.keep is not None:
+        plan.ops = [*replacing.supposed(layout, step.keep, method.settings(step.options))]
+        check_stand_ins(plan.ops, layout)
     elif step.keep is not None:
         counts = uniform(layout, step.keep)
         gone = {x.index: tuple(range(counts[x.index], x.num_experts)) for x in layout.routed}

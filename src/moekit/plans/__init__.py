@@ -11,7 +11,7 @@ from moekit.plans.dynamic import Odp
 from moekit.plans.factoring import Factor
 from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Quantize, QuantizeDense, Values
 from moekit.plans.plan import ITEMSIZE, Plan
-from moekit.plans.standins import Replace, constant_name
+from moekit.plans.standins import Replace, check_stand_ins, constant_name
 from moekit.plans.steering import Scope, Steer, check_steering
 from moekit.plans.tensors import PlanTensors
 
@@ -38,6 +38,7 @@ __all__ = [
     "check_feasible",
     "check_merge",
     "check_quantised",
+    "check_stand_ins",
     "check_steering",
     "check_values",
     "constant_name",

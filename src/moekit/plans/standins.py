@@ -38,21 +38,30 @@ def constant_name(layer: MoELayer, expert: int) -> str:
 
 
 def check_replaced(ops: Sequence[Op], layout: Layout, tensors: str) -> None:
-    """Refuse stand-ins that cannot be.
+    """Refuse stand-ins that cannot be, or whose vectors are not there.
 
     Raises:
-        PlanError: an unknown layer or expert, one that is changed otherwise too or is a constant already, experts
-            without bias in the stock form, all experts of a layer, vectors that are not there.
+        PlanError: see `check_stand_ins`; or no folder of tensors.
     """
-    replaces = [op for op in ops if isinstance(op, Replace)]
-    if not replaces:
+    if not any(isinstance(op, Replace) for op in ops):
         return
+    check_stand_ins(ops, layout)
     if not tensors or not Path(tensors).is_dir():
         raise PlanError(
             "the vectors that this plan carries are not there",
             where=tensors or "tensors",
             fix="keep the folder of tensors beside the plan, or make the plan again",
         )
+
+
+def check_stand_ins(ops: Sequence[Op], layout: Layout) -> None:
+    """Refuse stand-ins that cannot be, wherever their vectors are.
+
+    Raises:
+        PlanError: an unknown layer or expert, one that is a constant already, experts without bias in the stock form,
+            all experts of a layer, a model that is quantised for stock transformers.
+    """
+    replaces = [op for op in ops if isinstance(op, Replace)]
     if len({op.layer for op in replaces}) < len(replaces):
         raise PlanError("a layer is given stand-ins twice", got=sorted(op.layer for op in replaces))
     for op in replaces:
