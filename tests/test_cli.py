@@ -15,19 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moekit
 import tiny
+from moekit import methods as registry
 from moekit import refmoe
-from moekit.cli import compress, main
+from moekit.cli import _register, compress, main
 from moekit.plans import Plan
 from moekit.recipe import Recipe, format_bytes
 from moekit.stats import Stats
 
 JOB = ["--data", "code=code.txt", "--keep", "0.5", "--tokens", "512", "--sequence-length", "64"]
 Run = namedtuple("Run", "code out err")
+_register()
 
 
 @pytest.fixture(scope="session")
@@ -245,7 +248,12 @@ def test_inspect_says_what_can_be_done(cli, place):
 def test_methods_are_listed(cli):
     run = cli("methods")
     assert run.code == 0
-    assert all(name in run.out for name in ("easy-ep", "reap", "frequency", "random"))
+    shown = " ".join(run.out.split())
+    for name in registry.names():
+        method = registry.get(name)
+        assert name in shown
+        assert all(word in shown for word in method.paper.split()), f"the paper of {name}"
+        assert all(f"{key}={value}" in shown for key, value in method.options.items())
 
 
 def test_help_and_version_are_light():
@@ -585,6 +593,20 @@ def test_interrupted_anywhere_the_same_command_finishes(cli, place, interrupt):
         assert cli(*command).code == 0
         assert model_files(place / "half") == whole
         assert sorted(x.name for x in place.iterdir()) == ["code.txt", "half", "model", "prose.txt"]
+
+
+@pytest.mark.parametrize("verb", typer.main.get_command(moekit.cli.app).commands)
+def test_every_verb_says_what_an_interrupt_costs(verb, monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moekit.cli, "app", interrupted)
+    assert main([verb, "model"]) == 130
+    said = capsys.readouterr().err
+    page = (Path(__file__).resolve().parents[1] / "docs" / "verbs" / f"{verb}.md").read_text()
+    goes_on = re.search(r"interrupted\s+goes\s+on|Interrupt and resume", page) is not None
+    assert ("goes on where it stopped" in said) == goes_on
+    assert ("it starts from the beginning" in said) != goes_on
 
 
 def test_as_a_program_interrupted_and_run_again(place):

@@ -27,6 +27,13 @@ REFUSALS = {
 }
 
 INTERRUPTED = 130  # what shells say of a program that ctrl-c has ended
+# Verbs that an interrupt does not set back to the start; all others have kept nothing.
+RESUMED = {
+    "compress": "it goes on where it stopped",
+    "measure": "it goes on where it stopped",
+    "pack": "it goes on where it stopped",
+    "trace": "a streamed recording goes on where it stopped",
+}
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that this typer uses: its own, or the library
 
 app = typer.Typer(
@@ -84,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"[bold red]usage error[/] {escape(error.format_message())}\n  fix:      see {verb} --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; run the same command again (compress and measure go on where they stopped)")
+        _say(f"interrupted; run the same command again ({_after_interrupt(arguments)})")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
             "  This is moekit's mistake, not yours. Set MOEKIT_DEBUG=1 for the traceback and report it."
         )
         return 1
+
+
+def _after_interrupt(arguments: list[str] | None) -> str:
+    """What the interrupted verb will do when it is given again."""
+    given = sys.argv[1:] if arguments is None else arguments
+    verb = next((x for x in given if not x.startswith("-")), "")
+    return RESUMED.get(verb, "it starts from the beginning")
 
 
 def _say(message: str) -> None:
