@@ -77,7 +77,7 @@ def compress(
             raise RecipeError(
                 "a recipe file and flags for what it says", got=", ".join(given), fix="write it in the recipe"
             )
-        run_recipe(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code)
+        _carry_out(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code)
         return
     with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
         if plan_only and not out:
@@ -90,7 +90,7 @@ def compress(
                 where=f"moekit compress {model}",
                 fix=f"e.g. moekit compress {model} --data python=texts/ --keep 0.5 --out smaller/",
             )
-        run_recipe(Recipe.from_flags(model=model, **flags), plan_only, stats, device, overwrite, trust_remote_code)
+        _carry_out(Recipe.from_flags(model=model, **flags), plan_only, stats, device, overwrite, trust_remote_code)
 
 
 def _needs_keep(method: str | None, steps: list[str]) -> bool:
@@ -98,6 +98,17 @@ def _needs_keep(method: str | None, steps: list[str]) -> bool:
     from moekit.methods import METHODS, get
 
     return not steps and (method is None or method not in METHODS or get(method).kind in ("prune", "merge", "replace"))
+
+
+def _carry_out(
+    recipe: Recipe, plan_only: bool, stats: Path | None, device: str, overwrite: bool, trust_remote_code: bool
+) -> None:
+    """Run a recipe: under torchrun in the first process, which the others help where a model is tuned."""
+    from moekit.fitting.heal.team import gathered
+
+    with gathered(device) as first:
+        if first:
+            run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code)
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,6 @@ layer, so that an interrupted fit goes on where it stopped. The mathematics is t
 passes are here, a file a kind of fit, named in `FITTED`.
 """
 
-from moekit.fitting.decide import FITTED, Fit, decide
+from moekit.fitting.decide import FITTED, Fit, decide, needs_model
 
-__all__ = ["FITTED", "Fit", "decide"]
+__all__ = ["FITTED", "Fit", "decide", "needs_model"]

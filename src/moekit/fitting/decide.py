@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,9 @@ FITTED: dict[str, str] = {
     "mc-moe": "moekit.fitting.quantize:plan",
     "mone": "moekit.fitting.standins:plan",
     "ream": "moekit.fitting.sequential:plan",
+    "router-lstsq": "moekit.fitting.heal.rows:plan",
+    "router-distill": "moekit.fitting.heal.layers:plan",
+    "reconstruct": "moekit.fitting.heal.layers:plan",
 }
 
 
@@ -51,6 +54,16 @@ class Fit:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     progress: Progress = silent
+
+
+def needs_model(name: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether deciding takes the model and text, not only statistics."""
+    return name in FITTED or _solves_rows(name, options)
+
+
+def _solves_rows(name: str, options: Mapping[str, Any] | None) -> bool:
+    """Whether a merging method is to solve for the rows of the router."""
+    return (options or {}).get("router") == methods.SOLVED_ROWS and methods.get(name).kind == "merge"
 
 
 def decide(
@@ -80,6 +93,11 @@ def decide(
         UserError: see `moekit.methods.make_plan`; for fitted methods also what running the model raises.
     """
     settings: dict[str, Any] = {"keep": keep, "domain": domain, "seed": seed, "spread": spread, "protect": protect}
+    if _solves_rows(name, options):
+        from moekit.fitting.heal.rows import repaired
+
+        merged = decide(name, fit, **settings, options={**(options or {}), "router": "dominant"})
+        return repaired(fit, merged, domain)
     if name in FITTED:
         module, _, attribute = FITTED[name].partition(":")
         run: Callable[..., Plan] = getattr(import_module(module), attribute)

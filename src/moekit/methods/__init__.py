@@ -3,13 +3,14 @@
 `names` and `get` look methods up; `make_plan` runs one.
 """
 
-from moekit.methods._driver import check_common, check_keep, check_layout, check_options, make_plan
+from moekit.methods._driver import SOLVED_ROWS, check_common, check_keep, check_layout, check_options, make_plan
 from moekit.methods._registry import METHODS, Method, get, method, names
 from moekit.methods.prune import removed_gate_mass
 from moekit.methods.super_experts import peaks, super_experts
 
 __all__ = [
     "METHODS",
+    "SOLVED_ROWS",
     "Method",
     "check_common",
     "check_keep",

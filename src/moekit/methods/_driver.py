@@ -8,7 +8,7 @@ from typing import Any
 from moekit.errors import PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
 from moekit.methods import budget as budgets
-from moekit.methods import live, merge, prune, quantize
+from moekit.methods import heal, live, merge, prune, quantize
 from moekit.methods._registry import Method, get
 from moekit.methods.cold import cold_notes
 from moekit.methods.common import Domain
@@ -17,7 +17,8 @@ from moekit.stats import Stats
 
 SPREADS = ("uniform", "global")
 PROTECT = ("super", "none")
-ROUTER_ROWS = ("dominant", "weighted")
+SOLVED_ROWS = "least-squares"
+ROUTER_ROWS = ("dominant", "weighted", SOLVED_ROWS)
 WHOLE = {
     "quantize": "quantises",
     "factor": "factors",
@@ -53,7 +54,7 @@ def make_plan(
         spread: "uniform": every layer keeps as many; "global": as many in all, where they are worth most.
         protect: "super": super experts stay as they are; "none".
         options: of the method; for merging also `router`: "dominant" keeps the dominant expert's row, "weighted" takes
-            the mean of the group's rows.
+            the mean of the group's rows ("least-squares" takes text: `moekit.fitting.decide`).
 
     Raises:
         RecipeError: no such method, option, spread or protection; no `keep`, or one where all experts stay.
@@ -80,6 +81,12 @@ def make_plan(
             "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
         )
     check_layout(method, layout, spread)
+    if rows.get("router") == SOLVED_ROWS:
+        raise PlanError(
+            "router rows by least squares are solved on text, which takes the model and not only its statistics",
+            where="options.router",
+            fix="use moekit compress or moekit.fitting.decide, or another choice of rows",
+        )
     if method.kind == "quantize":
         plan = quantize.make_plan(method, stats, layout, domain=domain, settings=settings)
     elif method.kind == "live":
@@ -115,7 +122,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[s
     rows = {"router": own.pop("router", ROUTER_ROWS[0])} if method.kind == "merge" else {}
     for what, value in rows.items():
         _one_of(what, value, ROUTER_ROWS)
-    return method, rows, method.settings(own)
+    settings = method.settings(own)
+    if method.kind == "heal":
+        heal.check_settings(settings)
+    return method, rows, settings
 
 
 def check_layout(method: Method, layout: Layout, spread: str = "uniform") -> None:

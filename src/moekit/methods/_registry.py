@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from moekit.errors import RecipeError, did_you_mean
 from moekit.stats import ALL_GROUPS, FIELDS
@@ -37,6 +37,9 @@ METHODS = {
     "gptq-int3": "moekit.methods.quantize.gptq:int3",
     "gptq-int2": "moekit.methods.quantize.gptq:int2",
     "mc-moe": "moekit.methods.quantize.mc_moe:way",
+    "router-lstsq": "moekit.methods.heal.router_lstsq:sums",
+    "router-distill": "moekit.methods.heal.router_distill:tuning",
+    "reconstruct": "moekit.methods.heal.reconstruct:tuning",
 }
 
 
@@ -46,13 +49,14 @@ class Method:
 
     Attributes:
         name: as in the registry.
-        kind: what it does, and the folder that it lives in: "prune", "merge" or "quantize".
+        kind: what it does, and the folder that it lives in: "prune", "merge", "quantize" or "heal".
         needs: names of `moekit.stats.FIELDS` that it reads.
         summary: one line for lists.
         paper: title and arXiv id; empty for baselines without one.
         options: its settings with their defaults, from the function's keyword-only arguments.
         function: what it computes; the arguments are those of its kind.
         most_experts: the largest layer that it can take; such a pruning method chooses sets, others score. 0: any.
+        choices: the possible values of options that are one of a few.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Method:
     options: Mapping[str, Any]
     function: Callable[..., Any]
     most_experts: int = 0
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.function(*args, **options)
@@ -70,9 +75,9 @@ class Method:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of statistics to measure for it: "scores" always, for super experts and what notes report; none
-        for quantising, which keeps all experts.
+        for quantising and healing, which keep all experts.
         """
-        if self.kind == "quantize" and not self.needs:
+        if self.kind in ("quantize", "heal") and not self.needs:
             return ()
         return tuple(x for x in ALL_GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
 
@@ -80,7 +85,7 @@ class Method:
         """All its options: those given, checked, over the defaults.
 
         Raises:
-            RecipeError: no such option, or a value of another type than the default's.
+            RecipeError: no such option, a value of another type than the default's, or none of the few possible ones.
         """
         for key, value in given.items():
             if key not in self.options:
@@ -94,6 +99,13 @@ class Method:
                     expected=f"{wanted.__name__}, as {self.options[key]!r}",
                     got=repr(value),
                 )
+            if value not in (possible := self.choices.get(key, (value,))):
+                raise RecipeError(
+                    f"the method {self.name!r} has no {key} {value!r}",
+                    where=f"options.{key}",
+                    expected=" or ".join(possible),
+                    fix=did_you_mean(value, possible),
+                )
         return dict(self.options) | dict(given)
 
 
@@ -104,7 +116,11 @@ def method(
 
     def declare(function: Callable[..., Any]) -> Method:
         keywords = [x for x in inspect.signature(function).parameters.values() if x.kind is x.KEYWORD_ONLY]
-        return Method(name, kind, needs, summary, paper, {x.name: x.default for x in keywords}, function, most_experts)
+        options = {x.name: x.default for x in keywords}
+        literal = [x.name for x in keywords if str(x.annotation).startswith("Literal[")]
+        types = get_type_hints(function) if literal else {}
+        choices = {name: get_args(types[name]) for name in literal}
+        return Method(name, kind, needs, summary, paper, options, function, most_experts, choices)
 
     return declare
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moekit import methods
 from moekit.families.model import Model
-from moekit.fitting import FITTED, Fit, decide
+from moekit.fitting import FITTED, Fit, decide, needs_model
 from moekit.layout import Layout
 from moekit.pipeline.job import Job, check_room
 from moekit.pipeline.outlook import label, layout_after, of_step
@@ -81,7 +81,7 @@ class _Steps:
         """The plans of all steps, or of those that can be made while no model is written."""
         for number in range(len(self.done) + 1, len(self.steps) + 1):
             step = self.steps[number - 1]
-            if self.models[-1] is None and (step.method in FITTED or step.remeasure):
+            if self.models[-1] is None and (needs_model(step.method, step.options) or step.remeasure):
                 self.done[-1].plan.notes.append(f"not planned: {label(number, step)} needs a model that is not written")
                 break
             plan = self._decided(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +141,7 @@ class Stream:
         around: Callable[[int, int], contextlib.AbstractContextManager] | None = None,
         passed: Callable[[int, int, object], None] | None = None,
         last_layer: int | None = None,
-    ) -> Iterator[Stop]:
+    ) -> Generator[Stop, None, None]:
         """As `run`, but pausing before each layer, when its weights are in and all batches wait at it.
 
         The layer may be run on any batch and its weights changed; going on runs all batches through it as it then is.
