@@ -117,3 +117,18 @@ def test_what_is_computed_may_differ_by_rounding(form, opened, tmp_path):
         }
     )
     assert compare_weights(model, other, Model.open(tmp_path / "0")).wrong
+
+
+def test_layers_that_are_filled_up_are_compared_where_they_have_experts(opened, tmp_path):
+    """One layer keeps all of its experts, the others half, and as many that nobody chooses."""
+    model = opened("gpt_oss")
+    layout = model.layout
+    ops = [drop_lowest(x, list(range(x.num_experts)), x.num_experts // 2) for x in layout.routed[1:]]
+    plan = Plan(layout_hash=layout.hash, ops=ops, padding="exact")
+    result = made(model, plan, tmp_path / "out")
+    found = compare_weights(model, plan, result)
+    assert not found.wrong
+    assert found.experts == sum(len(plan.kept(x)) for x in layout.routed)
+    name = f"{layout.routed[1].router_path}.weight"
+    bad = tampered(result, tmp_path / "bad", name, lambda x: x.flip(0))
+    assert compare_weights(model, plan, bad).wrong == (name,)

@@ -17,7 +17,6 @@ from moekit.families.loader import OUTER
 from moekit.families.model import Model
 from moekit.layout import MoELayer
 from moekit.plans import Plan
-from moekit.plans.padding import Slots
 from moekit.progress import Progress, silent
 
 ROUNDING = 2.0**-7  # of the largest number of an expert's weight, for what is computed: one step of bfloat16
@@ -47,31 +46,35 @@ def compare_weights(source: Model, plan: Plan, result: Model, progress: Progress
         result: the new checkpoint.
         progress: told of "weights", in layers.
     """
-    layout = source.layout
+    layout, placed = source.layout, source.understanding.placed
     theirs, ours = source.loader(result.dtype), result.loader(result.dtype)
     experts = parameters = 0
     wrong: list[str] = []
-    places = plan.places(layout)
+    places, computed = plan.places(layout), changes_weights(plan)
     editing(theirs, layout, plan)
-    computed = changes_weights(plan)
     try:
         for done, index in enumerate((OUTER, *range(layout.num_layers)), 1):
             layer = layout.by_index.get(index)
-            kept = plan.kept(layer) if layer else ()
-            replaced = plan.replaced().get(index)
-            compared = [place for place, e in enumerate(kept) if replaced is None or e not in replaced.experts]
-            path = layer.experts_path if layer else ""
-            of_experts = {f"{path}.{name}" for name in theirs.expert_form(path).names} if layer else set()
+            of_experts: set[str] = set()
+            axes: dict[str, int] = {}
+            pairs: list[tuple[int, int]] = []
+            if layer:
+                of_experts = {f"{layer.experts_path}.{x}" for x in theirs.expert_form(layer.experts_path).names}
+                axes = {placed[x.name].key: x.axis for x in layer.tensors if x.expert is None and x.axis is not None}
+                pairs = [(old, new) for new, old in enumerate(places[index]) if old is not None]
+            stands_in = plan.replaced().get(index)
+            compared = [x for x in pairs if stands_in is None or x[0] not in stands_in.experts]
             expected, found = theirs.read(index), ours.read(index)
-            if layer and index in places:
-                found = _without_zeros(found, source, layer, places[index], of_experts)
             for key, tensor in expected.items():
                 if key not in found:
                     wrong.append(f"{key}: missing")
                 elif layer and key in of_experts:
-                    place = _first_wrong(layer, tensor, found[key], kept, compared, computed)
-                    wrong += [] if place is None else [f"{key}: expert {place}"]
-                elif not _same(_cut(tensor, found[key], layer, kept), found[key], computed):
+                    first = _first_wrong(tensor, found[key], compared, computed)
+                    wrong += [] if first is None else [f"{key}: expert {first}"]
+                elif layer and key in axes:
+                    cut = _rows_of_experts(tensor, found[key], axes[key], pairs, layer, len(places[index]))
+                    wrong += [] if _same(*cut, computed) else [key]
+                elif not _same(tensor, found[key], computed):
                     wrong.append(key)
             experts, parameters = experts + len(compared), parameters + len(expected)
             progress("weights", done, layout.num_layers + 1)
@@ -80,48 +83,33 @@ def compare_weights(source: Model, plan: Plan, result: Model, progress: Progress
     return Weights(experts, parameters, tuple(wrong))
 
 
-def _without_zeros(
-    found: dict[str, torch.Tensor], source: Model, layer: MoELayer, places: Slots, of_experts: set[str]
-) -> dict[str, torch.Tensor]:
-    """The written layer without the experts of zeros that fill it up (`moekit.plans.padding`)."""
-    if None not in places:
-        return found
-    real = [place for place, expert in enumerate(places) if expert is not None]
-    placed = source.understanding.placed
-    axes = {placed[x.name].key: x.axis or 0 for x in layer.tensors if x.role == "router"} | dict.fromkeys(of_experts, 0)
-    out = dict(found)
-    for key, axis in axes.items():
-        if key in found:
-            rows = [*real, *range(len(places), found[key].shape[axis])]
-            out[key] = found[key].index_select(axis, torch.tensor(rows))
-    return out
-
-
 def _first_wrong(
-    layer: MoELayer,
+    expected: torch.Tensor, found: torch.Tensor, pairs: Sequence[tuple[int, int]], computed: bool
+) -> int | None:
+    """The first expert, by its new number, whose part of a fused parameter differs; `pairs` are (old, new) numbers."""
+    if max((new for _, new in pairs), default=-1) >= len(found):
+        return len(found)
+    return next((new for old, new in pairs if not _same(expected[old], found[new], computed)), None)
+
+
+def _rows_of_experts(
     expected: torch.Tensor,
     found: torch.Tensor,
-    kept: Sequence[int],
-    compared: Sequence[int],
-    computed: bool,
-) -> int | None:
-    """The first expert, by its new number, whose part of a fused parameter differs."""
-    if expected.shape[0] != layer.num_experts or found.shape[0] != len(kept):
-        return 0
-    return next((x for x in compared if not _same(expected[kept[x]], found[x], computed)), None)
-
-
-def _cut(expected: torch.Tensor, found: torch.Tensor, layer: MoELayer | None, kept: Sequence[int]) -> torch.Tensor:
-    """What the source has, without the rows of experts that went; what lies behind the experts' rows stays."""
-    if layer is None or expected.dim() != found.dim():
-        return expected
-    gone = layer.num_experts - len(kept)
-    for axis, (before, after) in enumerate(zip(expected.shape, found.shape, strict=True)):
-        if before != after and gone:
-            each = (before - after) // gone
-            rows = [e * each + i for e in kept for i in range(each)] + [*range(layer.num_experts * each, before)]
-            return expected.index_select(axis, torch.tensor(rows)) if max(rows, default=0) < before else expected
-    return expected
+    axis: int,
+    pairs: Sequence[tuple[int, int]],
+    layer: MoELayer,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both have for the experts of `pairs`, and behind all experts (shared ones); all where that is not there."""
+    if expected.dim() != found.dim():
+        return expected, found
+    sides = []
+    for side, tensor, experts in ((0, expected, layer.num_experts), (1, found, count)):
+        rows = [*(pair[side] for pair in pairs), *range(experts, tensor.shape[axis])]
+        if max(rows, default=0) >= tensor.shape[axis]:
+            return expected, found
+        sides.append(tensor.index_select(axis, torch.tensor(rows)))
+    return sides[0], sides[1]
 
 
 def _same(expected: torch.Tensor, found: torch.Tensor, computed: bool) -> bool:
