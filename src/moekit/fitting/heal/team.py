@@ -95,9 +95,9 @@ class Team:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         layer, prefix = loader.layers[index], f"{loader.layers_path}.{index}."
-        shards, rest = {}, {}
+        places, shards, rest = dict(layer.named_parameters()), {}, {}
         for key, x in tensors.items():
-            place = dict(layer.named_parameters()).get(key.removeprefix(prefix))
+            place = places.get(key.removeprefix(prefix))
             if isinstance(place, DTensor):
                 made = distribute_tensor(x.to(loader.device), place.device_mesh, place.placements, src_data_rank=None)
                 shards[key.removeprefix(prefix)] = torch.nn.Parameter(made, requires_grad=False)
