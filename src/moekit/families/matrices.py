@@ -100,7 +100,7 @@ def expert_matrices(checkpoint: Checkpoint, understanding: Understanding, layer:
             plain = plain and placement.stacks and len(info.shape) == 2 and info.name.endswith(WEIGHT)
         if not plain:
             raise PlanError(
-                "experts in this form on disk cannot be quantised",
+                "experts in this form on disk cannot be quantised or factored",
                 where=info.name,
                 expected="a matrix of its own for each expert and projection, as experts.3.gate_proj.weight, "
                 "or the stock model's own parameters",

@@ -25,6 +25,7 @@ FITTED: dict[str, str] = {
     "mc-moe": "moekit.fitting.quantize:plan",
     "mone": "moekit.fitting.standins:plan",
     "ream": "moekit.fitting.sequential:plan",
+    "mc-smoe": "moekit.fitting.factors:plan",
     "router-lstsq": "moekit.fitting.heal.rows:plan",
     "router-distill": "moekit.fitting.heal.layers:plan",
     "reconstruct": "moekit.fitting.heal.layers:plan",

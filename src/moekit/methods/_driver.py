@@ -8,7 +8,7 @@ from typing import Any
 from moekit.errors import PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
 from moekit.methods import budget as budgets
-from moekit.methods import heal, live, merge, prune, quantize
+from moekit.methods import factor, heal, live, merge, prune, quantize
 from moekit.methods._registry import Method, get
 from moekit.methods.cold import cold_notes
 from moekit.methods.common import Domain
@@ -69,6 +69,10 @@ def make_plan(
             f"a plan of {name!r} carries vectors, which need a folder to lie in",
             fix="use moekit compress or moekit.fitting.decide",
         )
+    if method.kind == "factor":
+        if settings["steps"]:
+            raise PlanError(f"healing by {name!r} runs over text", fix="use moekit compress, or leave steps out")
+        return factor.make_plan(method, layout, settings)
     counts = budgets.uniform(layout, keep)
     if stats is None:
         if method.groups:

@@ -29,6 +29,7 @@ METHODS = {
     "ream": "moekit.methods.merge.ream:groups",
     "mone": "moekit.methods.replace.mone:scores",
     "odp": "moekit.methods.live.odp:way",
+    "mc-smoe": "moekit.methods.factor.mc_smoe:way",
     "rtn-int8": "moekit.methods.quantize.rtn:int8",
     "rtn-int4": "moekit.methods.quantize.rtn:int4",
     "rtn-int3": "moekit.methods.quantize.rtn:int3",
@@ -49,7 +50,7 @@ class Method:
 
     Attributes:
         name: as in the registry.
-        kind: what it does, and the folder that it lives in: "prune", "merge", "quantize" or "heal".
+        kind: what it does, and the folder that it lives in: "prune", "merge", "factor", "quantize" or "heal".
         needs: names of `moekit.stats.FIELDS` that it reads.
         summary: one line for lists.
         paper: title and arXiv id; empty for baselines without one.
@@ -75,9 +76,9 @@ class Method:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of statistics to measure for it: "scores" always, for super experts and what notes report; none
-        for quantising and healing, which keep all experts.
+        for factoring, quantising and healing, which keep all experts.
         """
-        if self.kind in ("quantize", "heal") and not self.needs:
+        if self.kind in ("factor", "quantize", "heal") and not self.needs:
             return ()
         return tuple(x for x in ALL_GROUPS if x == "scores" or any(FIELDS[name][0] == x for name in self.needs))
 

@@ -11,7 +11,7 @@ from moekit.families.model import Model
 from moekit.fitting import FITTED, Fit, decide, needs_model
 from moekit.layout import Layout
 from moekit.pipeline.job import Job, check_room
-from moekit.pipeline.outlook import label, layout_after, of_step
+from moekit.pipeline.outlook import check_written, label, layout_after, of_step
 from moekit.pipeline.production import FAILED, check_out, produce, proven, provenance_of, timed
 from moekit.pipeline.result import Done, Result
 from moekit.pipeline.statistics import carried, statistics_of
@@ -52,6 +52,7 @@ def run(
     if plan_only:
         return steps.planned()
     check_out(job.out, overwrite)
+    check_written(job.model.layout, job.steps)
     check_room(job)
     result = steps.carried_out(overwrite)
     job.workplace.clear(models=not job.recipe.keep_steps)
@@ -199,6 +200,7 @@ class _Steps:
                         self.progress,
                     )
                     plan = decide(step.method, fit, seed=seed, options=step.options, **settings)
+        plan.padding = step.padding
         if number > 1 and stats is not None:
             plan.notes.append(self._told(number))
         return plan

@@ -16,6 +16,7 @@ from moekit.apply.standins import check_separable
 from moekit.checkpoint.place import check_space
 from moekit.data import Dataset, load_tokenizer
 from moekit.errors import OutputError
+from moekit.families.matrices import expert_matrices
 from moekit.families.model import Model
 from moekit.layout import Layout
 from moekit.pipeline.outlook import check_steps, expected_layouts
@@ -98,6 +99,9 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     for step in steps:
         if (method := methods.get(step.method)).kind == "quantize":
             check_packable(model.checkpoint, model.understanding, method.settings(step.options)["format"])
+    if any(methods.get(step.method).kind == "factor" for step in steps):
+        for layer in model.layout.routed:
+            expert_matrices(model.checkpoint, model.understanding, layer)
     if any(methods.get(step.method).kind == "replace" for step in steps):
         for layer in model.layout.routed:
             check_separable(model.understanding, layer)

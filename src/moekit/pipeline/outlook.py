@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from moekit import methods
-from moekit.errors import RecipeError, UserError
+from moekit.errors import PlanError, RecipeError, UserError
 from moekit.families.packings import MIXED, OWN
 from moekit.layout import Layout, Part
+from moekit.methods import factor
 from moekit.methods import replace as replacing
-from moekit.methods.budget import uniform
+from moekit.methods.budget import fewest, uniform
 from moekit.methods.quantize import ways
 from moekit.plans import Drop, Merge, Plan, QuantizeDense, Replace, check_stand_ins
+from moekit.plans.padding import check_paddable
 from moekit.recipe import Step
 from moekit.stats import NOT_CARRIED
 
@@ -60,10 +62,11 @@ def check_steps(steps: Sequence[Step]) -> None:
                 )
             if quantised and method.kind != "heal":
                 before = steps[quantised - 1].method
+                done = "factored" if methods.get(before).kind == "factor" else "quantised"
                 raise RecipeError(
-                    "the experts are quantised already",
+                    f"the experts are {done} already",
                     where=f"steps.{number}",
-                    expected="what changes experts before what quantises them",
+                    expected="what changes experts before what keeps them in another form",
                     got=f"{step.method} after {before}",
                     fix="leave one out" if method.kind == "quantize" else f"write {step.method} before {before}",
                 )
@@ -76,7 +79,7 @@ def check_steps(steps: Sequence[Step]) -> None:
                     fix="add remeasure: true to this step",
                 )
             fewer = step.method if method.kind in ("prune", "merge") else fewer
-            if method.kind == "quantize":
+            if method.kind == "quantize" or (method.kind == "factor" and step.options.get("format") != "dense"):
                 quantised = number
             if step.spread == "global" and number < len(steps):
                 raise RecipeError(
@@ -85,6 +88,32 @@ def check_steps(steps: Sequence[Step]) -> None:
                     expected="uniform, but in the last step",
                     fix="leave spread out",
                 )
+
+
+def check_written(layout: Layout, steps: Sequence[Step]) -> None:
+    """Refuse a last step whose model cannot be written, before anything is measured for it.
+
+    Raises:
+        PlanError: layers that would keep different numbers of experts, in a model that stock transformers would then
+            not load; layers that cannot be filled up.
+    """
+    with of_step(len(steps), steps):
+        step = steps[-1]
+        before = [layout, *expected_layouts(layout, steps)][-2]
+        if step.padding == "exact":
+            check_paddable(before)
+        removes = methods.get(step.method).kind in ("prune", "merge") and len(before.routed) > 1
+        if not removes or step.spread != "global" or step.padding == "exact" or step.keep is None:
+            return
+        counts = uniform(before, step.keep)
+        if all(counts[x.index] in (x.num_experts, fewest(x)) for x in before.routed):
+            return  # there is nothing to give or to take
+        raise PlanError(
+            "layers would keep different numbers of experts, which stock transformers cannot load",
+            where="spread",
+            got="global",
+            fix="use spread: uniform, padding: exact where the router has a bias, or plan only and apply it live",
+        )
 
 
 def expected_layouts(layout: Layout, steps: Sequence[Step]) -> list[Layout]:
@@ -110,11 +139,16 @@ def _supposed(layout: Layout, step: Step) -> Plan:
     if method.kind == "quantize":
         plan.ops = [*ways(method, layout, method.settings(step.options))]
         plan.check(layout)
+    elif method.kind == "factor":
+        plan.ops = [*factor.ways(method, layout, method.settings(step.options))]
+        plan.check(layout)
     elif method.kind == "replace" and step.keep is not None:
         plan.ops = [*replacing.supposed(layout, step.keep, method.settings(step.options))]
         check_stand_ins(plan.ops, layout)
     elif step.keep is not None:
         counts = uniform(layout, step.keep)
+        if step.padding == "exact" and step.spread == "global":
+            return plan  # how large the largest layer stays is not known
         gone = {x.index: tuple(range(counts[x.index], x.num_experts)) for x in layout.routed}
         plan.ops = [Drop(layer=index, experts=experts) for index, experts in gone.items() if experts]
     return plan
