@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from moekit.data import Batch, Dataset
-from moekit.errors import DataError, OutputError, PlanError
+from moekit.errors import DataError, ModelError, OutputError, PlanError
 from moekit.families.model import Model
 from moekit.families.probe import SCORES, log_scores
 from moekit.measurement import Gatherer, measure
@@ -226,6 +226,17 @@ def test_deepseek_v4_is_measured_by_softplus_sqrt(opened):
     assert float(sums["margin"].sum()) == pytest.approx(float(margin.sum()), rel=1e-4, abs=1e-6)
     softmax = logits.softmax(-1)
     assert float(sums["entropy"].sum()) != pytest.approx(float(-(softmax * softmax.log()).sum()), rel=1e-3)
+
+
+def test_a_tie_of_scores_may_be_chosen_either_way_and_no_more(opened):
+    """Softmax gives logits that differ in the last bit one score; top-k then takes either."""
+    layer = opened("qwen3_moe").layout.routed[0]
+    gatherer = Gatherer([layer], 1, ["routing"])
+    logits = torch.tensor([[3.0, 2.0, 2.0 + 2**-22, -1.0, -2.0, -2.0, -2.0, -2.0]])
+    _, margin = gatherer._confidence(layer, logits, torch.tensor([[0, 1]]))
+    assert abs(float(margin)) < 1e-6
+    with pytest.raises(ModelError, match="do not favour|do not agree"):
+        gatherer._confidence(layer, logits, torch.tensor([[0, 3]]))
 
 
 def test_position_buckets_are_powers_of_two():

@@ -42,6 +42,7 @@ from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
 
 SHIFT_ROWS = 256
+TIE = 1e-5  # of a logit: logits nearer to each other may have the same score, and either be chosen
 TALLY_KEYS = 8 << 20  # distinct (domain, token id, expert) held in memory by all layers together
 
 
@@ -233,7 +234,8 @@ class Gatherer(Observer):
         empty = ids == layer.num_experts
         lowest = logits.gather(1, ids.masked_fill(empty, 0)).masked_fill(empty, torch.inf).amin(-1)
         other = nn.functional.pad(logits, (0, 1)).scatter_(1, ids, -torch.inf)[:, : layer.num_experts].amax(-1)
-        if layer.router.follows_logits and bool((other > lowest).any()):
+        near = TIE * lowest.abs().clamp_min(1.0)
+        if layer.router.follows_logits and bool((other > lowest + near).any()):
             raise _mismatch(layer, "experts were chosen that the logits do not favour")
         lowest = lowest.where(lowest.isfinite(), other)  # no expert at all
         logits, lowest, other = (log_scores(layer.router.score, x) for x in (logits, lowest, other))
