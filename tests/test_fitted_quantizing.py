@@ -339,9 +339,9 @@ def test_options_and_text_that_cannot_be_are_refused(tmp_path):
 
     assert "impossible widths" in refused(widths="2,9")
     assert "fewer bits than the smallest" in refused(bits=1.5, widths="2,3")
-    assert "no scope" in refused(scope="expert")
-    assert "no rounding" in refused(rounding="up")
-    assert "no format" in refused(format="gguf")
+    assert "has no scope" in refused(scope="expert")
+    assert "has no rounding" in refused(rounding="up")
+    assert "has no format" in refused(format="gguf")
     assert "impossible bits" in refused(attention_bits=9)
     assert "experts of 2 and of 3 bits" in refused(published=True, widths="1,2")
     assert "one of 2, 3, 4" in refused(kind=PlanError, format="compressed-tensors")

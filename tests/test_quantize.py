@@ -363,4 +363,4 @@ def test_keep_is_for_methods_that_drop(model, tmp_path):
         prepare(Recipe.from_flags(**given, method="rtn-int8", keep=0.5))
     method = methods.get("rtn-int8")
     with pytest.raises(PlanError, match="group size"):
-        ways(method, model.layout, {"group_size": 0})
+        ways(method, model.layout, method.settings({"group_size": 0}))

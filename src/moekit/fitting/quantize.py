@@ -79,8 +79,27 @@ def plan(fit: Fit, *, name: str, options: Mapping[str, Any], keep: float | int |
     if name == "mc-moe":
         _choose_bits(fit, batches, out, settings)
     if settings.get("rounding", "gptq") == "gptq":
-        _Rounding(fit, batches, out, settings["damping"], settings["sequential"]).run()
+        round_by_gptq(fit, batches, out, settings["damping"], settings["sequential"])
     return out
+
+
+def round_by_gptq(
+    fit: Fit, batches: Sequence[Batch], plan: Plan, damping: float = 0.01, sequential: bool = True
+) -> None:
+    """Fill the tensors of a plan with what GPTQ makes of its quantised layers, whatever their bits.
+
+    Args:
+        fit: what it may use; what an interrupted run left in its folder is used.
+        batches: of the text.
+        plan: its ops are made to name the numbers; what lies in no decoder layer stays rounded to nearest.
+        damping: see `moekit.methods.quantize._gptq.gptq`.
+        sequential: layers see what the rounded layers before them pass on.
+
+    Raises:
+        ModelError: activations that are no numbers.
+        CheckpointError: weights that are no numbers.
+    """
+    _Rounding(fit, batches, plan, damping, sequential).run()
 
 
 def _chosen(fit: Fit, domain: str | Sequence[str] | None) -> list[Batch]:
@@ -158,7 +177,7 @@ class _Errors(_Pass):
         self.store = PlanTensors(fit.folder / "errors")
 
     def run(self) -> dict[int, dict[str, np.ndarray]]:
-        """By layer: "error_sq" [E, B], "count" [E], "mass" [E], "output_sq" [1]."""
+        """By layer: "error_sq" [E, B], "count" [E], "mass" [E]."""
         layers = {x.index: x for x in self.layout.routed}
         if not all(self.store.has(index) for index in layers):
             for stop in self.stops(max(layers)):
@@ -166,7 +185,7 @@ class _Errors(_Pass):
                     routed = gather(self.view, stop, layers[stop.layer], self.batches)
                     assert routed is not None, "asked for"
                     self.store.write(stop.layer, self._of_layer(layers[stop.layer], routed))
-        names = ("error_sq", "count", "mass", "output_sq")
+        names = ("error_sq", "count", "mass")
         return {index: {name: self.store.read(index, name).numpy() for name in names} for index in layers}
 
     def _of_layer(self, layer: MoELayer, routed: Routed) -> dict[str, torch.Tensor]:
@@ -187,7 +206,7 @@ class _Errors(_Pass):
                         found_ND = self._tried(experts, expert, hidden_ND, trials[bits][expert])
                         gap_N = (found_ND - right_ND).double().square().sum(-1)
                         error_sq[expert, number] = float((weights_N.double().square() * gap_N).sum())
-        return {"error_sq": error_sq, "count": count, "mass": mass, "output_sq": torch.tensor([routed.output_sq])}
+        return {"error_sq": error_sq, "count": count, "mass": mass}
 
     def _tried(
         self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor, rounded: Mapping[str, list[Rounded]]
@@ -209,8 +228,7 @@ def _choose_bits(fit: Fit, batches: Sequence[Batch], plan: Plan, settings: Mappi
     costs = []
     for layer in layout.routed:
         found = errors[layer.index]
-        scale = float(found["output_sq"][0]) if settings["scope"] == "model" else 1.0
-        costs.append(mc_moe.costs(found["error_sq"] / (scale or 1.0), found["count"], found["mass"], **powers))
+        costs.append(mc_moe.costs(found["error_sq"], found["count"], found["mass"], **powers))
     sizes = [3 * x.width * x.inner_size for x in layout.routed]  # with two projections as well: only ratios count
     chosen = mc_moe.choose(
         costs, sizes, widths, settings["bits"], scope=settings["scope"], published=settings["published"]
@@ -226,15 +244,7 @@ def _choose_bits(fit: Fit, batches: Sequence[Batch], plan: Plan, settings: Mappi
 
 
 class _Rounding(_Pass):
-    """GPTQ of every layer, in order.
-
-    Args:
-        fit: what it may use.
-        batches: the text.
-        plan: with the bits of every layer; its ops are made to name the numbers that this pass makes.
-        damping: see `moekit.methods.quantize._gptq.gptq`.
-        sequential: layers see what the rounded layers before them pass on.
-    """
+    """GPTQ of every layer, in order; arguments as for `round_by_gptq`."""
 
     def __init__(self, fit: Fit, batches: Sequence[Batch], plan: Plan, damping: float, sequential: bool):
         super().__init__(fit, batches)

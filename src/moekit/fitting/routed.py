@@ -32,13 +32,11 @@ class Routed(Observer):
 
     Attributes:
         batch: what runs now; to be set before each forward.
-        output_sq: sum over tokens of the squared norm of the routed output.
     """
 
     def __init__(self, layer: MoELayer, tokens: int):
         self.layer, self._tokens, self._seen = layer, tokens, 0
         self.batch: Batch
-        self.output_sq = 0.0
         self._hidden_TD: torch.Tensor | None = None
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -49,21 +47,16 @@ class Routed(Observer):
         hidden = call.hidden[real_T]
         if self._hidden_TD is None:
             self._hidden_TD = self._room(hidden)
-        self._hidden_TD[self._seen : self._seen + len(hidden)] = hidden.to(self._hidden_TD.device)
+        self._hidden_TD[self._seen : self._seen + len(hidden)] = hidden.cpu()
         self._seen += len(hidden)
         self._ids.append(call.ids[real_T].long().cpu())
         self._weights.append(call.weights[real_T].float().cpu())
-
-    def finished(self, call: Call, output: torch.Tensor) -> None:
-        """Add up the output's size."""
-        real_T = self.batch.mask.reshape(-1).to(output.device)
-        self.output_sq += float(output.reshape(len(real_T), -1)[real_T].double().square().sum())
 
     def _room(self, hidden: torch.Tensor) -> torch.Tensor:
         shape = (self._tokens, hidden.shape[1])
         size = shape[0] * shape[1]
         if size * hidden.element_size() <= MEMORY_BYTES:
-            return torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+            return torch.empty(shape, dtype=hidden.dtype)
         with tempfile.NamedTemporaryFile(prefix="moekit-routed-") as file:  # it lives as long as it is mapped
             return torch.from_file(file.name, shared=True, size=size, dtype=hidden.dtype).view(shape)
 
@@ -78,7 +71,7 @@ class Routed(Observer):
         """
         assert self._hidden_TD is not None, "no batch has passed the layer"
         tokens_N, ranks_N = torch.where(self._ids_TK == expert)
-        hidden_ND = self._hidden_TD[tokens_N.to(self._hidden_TD.device)].to(device)
+        hidden_ND = self._hidden_TD[tokens_N].to(device)
         weights_N = self._weights_TK[tokens_N, ranks_N].to(device)
         if self.layer.router.weighs_input:
             return hidden_ND * weights_N[:, None].to(hidden_ND.dtype), torch.ones_like(weights_N)

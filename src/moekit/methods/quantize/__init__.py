@@ -11,14 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moekit.errors import PlanError, RecipeError, did_you_mean
+from moekit.errors import PlanError, RecipeError
 from moekit.layout import Layout
 from moekit.methods._registry import Method
 from moekit.methods.common import Domain
 from moekit.plans import OUTER, UNQUANTISED, Plan, Quantize, QuantizeDense
 from moekit.stats import Stats
 
-FORMATS = ("compressed-tensors", "moekit")
 DENSE = {"attention_bits": "attention", "shared_bits": "shared experts", "dense_bits": "dense MLP"}
 OUTSIDE = {"embedding_bits": "embeddings", "head_bits": "head"}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, UNQUANTISED)
@@ -35,7 +34,7 @@ def make_plan(
     """The plan of a quantising method that needs no text; arguments as for `moekit.methods.make_plan`, already checked.
 
     Raises:
-        RecipeError: no such format, or impossible bits.
+        RecipeError: impossible bits.
         PlanError: impossible group size, or bits that the format has not.
     """
     domains = [stats.domains[i] for i in stats.domain_numbers(domain)] if stats else []
@@ -62,15 +61,9 @@ def ways(method: Method, layout: Layout, settings: Mapping[str, Any]) -> list[Qu
     """How a method with these settings quantises each layer, as far as it is known without text.
 
     Raises:
-        RecipeError: no such format, or impossible bits.
+        RecipeError: impossible bits.
         PlanError: impossible group size.
     """
-    if settings["format"] not in FORMATS:
-        raise RecipeError(
-            f"there is no format {settings['format']!r}",
-            where="options.format",
-            fix=did_you_mean(settings["format"], FORMATS),
-        )
     for key in (*DENSE, *OUTSIDE):
         if settings[key] not in WIDTHS:
             raise RecipeError(

@@ -11,7 +11,7 @@ Paper: E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from moekit.layout import MoELayer
 from moekit.methods._registry import method
@@ -28,7 +28,7 @@ def _way(bits: Any) -> Callable[..., Quantize]:
         sequential: bool = True,
         damping: float = 0.01,
         group_size: int = 128,
-        format: str = "compressed-tensors",
+        format: Literal["compressed-tensors", "moekit"] = "compressed-tensors",
         attention_bits: int = 16,
         shared_bits: int = 16,
         dense_bits: int = 16,
@@ -36,8 +36,7 @@ def _way(bits: Any) -> Callable[..., Quantize]:
         head_bits: int = 16,
     ) -> Quantize:
         """The same bits for all experts of a layer; before the passes, rounded to nearest."""
-        form: Any = format
-        return Quantize(layer=layer.index, bits=bits, group_size=size, scheme="fitted", format=form)
+        return Quantize(layer=layer.index, bits=bits, group_size=size, scheme="fitted", format=format)
 
     return way
 

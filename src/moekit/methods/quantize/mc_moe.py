@@ -10,7 +10,7 @@ w_i      its share of the layer's gate weight
 T_i      tokens routed to it, g_i(t) their gate weights, f_i its output and f_i^b that with weights of b bits
 
 The integer program is solved exactly, for each layer by itself (`scope: layer`, as published) or for the whole model
-(`scope: model`; eps_ib^2 is then divided by the squared norm of the layer's routed output).
+(`scope: model`): what experts of different layers add to the residual stream ends in one sum.
 
 Paper: W. Huang et al., "Mixture Compressor for Mixture-of-Experts LLMs Gains More", arXiv 2410.06270. Deviations: eps
 is one norm over all calibration tokens, not a sum of norms by batch; alpha, beta and gamma are exponents of what the
@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from moekit.errors import RecipeError, did_you_mean
+from moekit.errors import RecipeError
 from moekit.layout import MoELayer
 from moekit.methods._registry import method
 from moekit.methods.quantize._allocation import allocate
@@ -33,7 +33,6 @@ from moekit.plans import Quantize
 
 PAPER = "Mixture Compressor for Mixture-of-Experts LLMs Gains More, arXiv 2410.06270"
 POSSIBLE = (1, 2, 3, 4, 5, 6, 7, 8, 16)
-SCOPES, ROUNDINGS = ("layer", "model"), ("gptq", "nearest")
 
 
 @method("mc-moe", kind="quantize", summary="gives experts bits by what they cost, exactly within a budget", paper=PAPER)
@@ -43,16 +42,16 @@ def way(
     *,
     bits: float = 2.5,
     widths: str = "1,2,3",
-    scope: str = "layer",
+    scope: Literal["layer", "model"] = "layer",
     alpha: float = 1.0,
     beta: float = 1.5,
     gamma: float = 2.0,
     published: bool = False,
-    rounding: str = "gptq",
+    rounding: Literal["gptq", "nearest"] = "gptq",
     sequential: bool = True,
     damping: float = 0.01,
     group_size: int = 128,
-    format: str = "moekit",
+    format: Literal["compressed-tensors", "moekit"] = "moekit",
     attention_bits: int = 16,
     shared_bits: int = 16,
     dense_bits: int = 16,
@@ -62,15 +61,9 @@ def way(
     """Bits of a layer's experts before errors are known: as large in all, the first experts getting more.
 
     Raises:
-        RecipeError: widths that there are not, or a budget below the smallest; no such scope or rounding; the published
-            setting without its widths.
+        RecipeError: widths that there are not, a budget below the smallest, the published setting without its widths.
     """
     choices = parsed(widths, bits)
-    for what, given, there_are in (("scope", scope, SCOPES), ("rounding", rounding, ROUNDINGS)):
-        if given not in there_are:
-            raise RecipeError(
-                f"there is no {what} {given!r}", where=f"options.{what}", fix=did_you_mean(given, there_are)
-            )
     if published and not {2, 3} <= set(choices):
         raise RecipeError(
             "the published setting has experts of 2 and of 3 bits",
@@ -81,8 +74,7 @@ def way(
     low, high = max(x for x in choices if x <= bits), min((x for x in choices if x >= bits), default=max(choices))
     more = round(layer.num_experts * (bits - low) / (high - low)) if high > low else 0
     supposed: Any = tuple(high if e < more else low for e in range(layer.num_experts))
-    form: Any = format
-    return Quantize(layer=layer.index, bits=supposed, group_size=size, scheme="fitted", format=form)
+    return Quantize(layer=layer.index, bits=supposed, group_size=size, scheme="fitted", format=format)
 
 
 def parsed(widths: str, bits: float) -> tuple[int, ...]:

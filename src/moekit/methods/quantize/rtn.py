@@ -10,7 +10,7 @@ moekit's own form they lie half a step further out (docs/packed-format.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from moekit.layout import MoELayer
 from moekit.methods._registry import method
@@ -24,7 +24,7 @@ def _way(bits: Any) -> Callable[..., Quantize]:
         *,
         fitted: bool = False,
         group_size: int = 128,
-        format: str = "compressed-tensors",
+        format: Literal["compressed-tensors", "moekit"] = "compressed-tensors",
         attention_bits: int = 16,
         shared_bits: int = 16,
         dense_bits: int = 16,
@@ -33,8 +33,7 @@ def _way(bits: Any) -> Callable[..., Quantize]:
     ) -> Quantize:
         """The same bits for all experts of a layer."""
         scheme: Any = "fitted" if fitted else "rtn"
-        form: Any = format
-        return Quantize(layer=layer.index, bits=bits, group_size=size, scheme=scheme, format=form)
+        return Quantize(layer=layer.index, bits=bits, group_size=size, scheme=scheme, format=format)
 
     return way
 
