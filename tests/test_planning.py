@@ -20,8 +20,9 @@ from moekit.data import Dataset
 from moekit.errors import DataError, PlanError
 from moekit.evaluation.compare import Subject, evaluate, logits_of
 from moekit.families.model import Model
+from moekit.fitting import FITTED, Fit, decide
 from moekit.measurement import measure
-from moekit.planning import Candidate, candidates, groups, hold_out, plan_for_budget, shortlist
+from moekit.planning import Candidate, Fitting, candidates, groups, hold_out, plan_for_budget, shortlist
 from moekit.planning.outlook import REFILL, Outlook
 from moekit.planning.sizes import Sizes
 from moekit.planning.ways import Space
@@ -299,6 +300,38 @@ def test_predictions_alone_decide_where_nothing_is_measured(tiny_case):
     fits = [x.candidate for x in choice.frontier.points if x.candidate.bytes <= choice.frontier.budget_bytes]
     assert choice.steps == min(fits, key=lambda x: x.predicted).steps
     assert "not measured" in choice.words[0]
+
+
+@pytest.mark.parametrize("formats", ["stock", "moekit"])
+def test_fitted_bits_are_tried_on_the_choice(opened, tmp_path, formats):
+    model = opened("qwen3_moe", moe_intermediate_size=32)  # rows that fill words in any width
+    stats = measure(model, DATA)
+    space = Space(model, formats)
+    way = next(x for x in space.ways if x.step and x.step.method == "rtn-int4" and x.rest)
+    budget = space.sizes.of(8, way.ops) + 1000
+    asked: list[tuple[Step, ...]] = []
+
+    def folder(steps):
+        asked.append(tuple(steps))
+        return tmp_path / steps[-1].method
+
+    fitting = Fitting(DATA, folder)
+    choice = plan_for_budget(model, stats, DATA, budget, formats=formats, measure=1, fitting=fitting, domain="code")
+    tried = {x.candidate.steps[-1].method: x for x in choice.frontier.measured}
+    tried = {name: x for name, x in tried.items() if name in FITTED}
+    assert tried.keys() <= {steps[-1].method for steps in asked}
+    assert tried.keys() >= ({"gptq-int4"} if formats == "stock" else {"gptq-int4", "mc-moe"})
+    assert all(x.candidate.bytes <= budget and x.candidate.predicted > 0 for x in tried.values())
+    assert choice.frontier.measured[0].chosen
+    assert choice.steps == choice.frontier.measured[0].candidate.steps
+    if formats == "moekit":
+        mixed = tried["mc-moe"].candidate
+        assert mixed.keep == 8
+        assert 4 <= mixed.kind[1] < 5
+        again = decide("mc-moe", Fit(model, model, None, DATA, tmp_path / "again"), domain=["code"],
+                       options=mixed.steps[-1].options)  # fmt: skip
+        baked = bake(model.checkpoint, model.understanding, again, tmp_path / "baked")
+        assert baked.bytes_after == mixed.bytes
 
 
 def test_what_cannot_be_done_is_left_out_and_said(opened):

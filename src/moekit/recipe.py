@@ -52,6 +52,25 @@ def format_bytes(count: float) -> str:
     return f"{count:.4g} PB"
 
 
+def parse_budget(budget: str | int | float) -> int | float:
+    """A budget as people write it: bytes (`8GB`, an int), or a share of the source's (`50%`, 0.5, a float).
+
+    Raises:
+        RecipeError: neither.
+    """
+    text = str(budget).strip()
+    share = text.endswith("%") or isinstance(budget, float) or (text.startswith("0.") and text[2:].isdigit())
+    if not share:
+        return parse_bytes(budget if isinstance(budget, int) else text)
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise RecipeError("this is no budget", expected="a size, as 8GB, or a share, as 50%", got=repr(budget))
+    return value
+
+
 def _keep(value: object) -> object:
     """Text from a command line, `0.5`, `50%` or `64`, as the number that it means."""
     if isinstance(value, str):
@@ -79,6 +98,7 @@ def _checked(parse: Callable[[Any], object]) -> BeforeValidator:
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1_000_000), _checked(parse_bytes)]
 Keep = Annotated[int | float, _checked(_keep)]
+Budget = Annotated[int | float, _checked(parse_budget)]
 Spread = Literal["uniform", "global"]
 Protect = Literal["super", "none"]
 Padding = Literal["none", "exact"]
@@ -164,6 +184,9 @@ class Recipe(Part):
         method: of a single step, as `keep`, `spread`, `padding`, `protect`, `options`: see `Step`.
         steps: instead of these: what is done, one after the other.
         keep_steps: do not remove the models between the steps.
+        budget: bytes of the result, or share of the source's, at most; instead of `method` and `steps`, which the
+            planner chooses then (`options` may say the `format` of quantised weights). With `steps`: they were chosen
+            for it, nothing is searched.
         calibration: how much of the text is measured.
         evaluation: what the result is compared on; None: it is not.
         out: folder of the result.
@@ -183,6 +206,7 @@ class Recipe(Part):
     options: dict[str, Any] = {}
     steps: Annotated[list[Step], Field(min_length=1)] | None = None
     keep_steps: bool = False
+    budget: Budget | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = None
     out: str
@@ -192,13 +216,20 @@ class Recipe(Part):
 
     @property
     def steps_(self) -> list[Step]:
-        """What is done, one after the other: `steps`, or the one step that the short form says; domains filled in."""
+        """What is done, one after the other: `steps`, or the one step that the short form says; domains filled in.
+
+        Nothing where a budget is still to be planned for.
+        """
+        if self.steps is None and self.budget is not None:
+            return []
         short = Step(**{key: getattr(self, key) for key in SHORT})
         steps = [short] if self.steps is None else self.steps
         return [x.model_copy(update={"domain": x.domain or self.domain}) for x in steps]
 
-    @field_serializer("shard_size")
-    def _size_for_people(self, size: int) -> str | int:
+    @field_serializer("shard_size", "budget")
+    def _size_for_people(self, size: int | float | None) -> str | int | float | None:
+        if not isinstance(size, int):
+            return size
         text = format_bytes(size)
         return text if parse_bytes(text) == size else size
 
@@ -259,6 +290,13 @@ class Recipe(Part):
                 got=f"steps and {', '.join(sorted(short))}",
                 fix="write what belongs to a step inside it",
             )
+        if recipe.budget is not None and (short := recipe.model_fields_set.intersection(SHORT) - {"options"}):
+            raise RecipeError(
+                "a recipe says what to do, or a budget to choose it for, not both",
+                where=where(("budget",)),
+                got=f"budget and {', '.join(sorted(short))}",
+                fix="leave budget out, or the others",
+            )
         parts: list[tuple[tuple[str, ...], Recipe | Step]] = [((), recipe)]
         parts += [(("steps", str(number)), step) for number, step in enumerate(recipe.steps or (), 1)]
         for place, part in parts:
@@ -284,6 +322,7 @@ class Recipe(Part):
     def to_yaml(self) -> str:
         """YAML that `load` reads back as the same recipe, defaults spelt out."""
         unused = {"steps", "keep_steps"} if self.steps is None else set(SHORT)
+        unused |= {"budget"} if self.budget is None else set(SHORT) - {"options"}
         return yaml.safe_dump(self.model_dump(exclude=unused), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -31,6 +31,12 @@ def compress(
     step: list[str] = typer.Option(
         [], help="One of several steps, as 'easy-ep keep=0.75'; several times, instead of --method and --keep."
     ),
+    budget: str | None = typer.Option(
+        None, help="Bytes of the result (8GB) or share of the source's (50%), at most: what to do for it is chosen."
+    ),
+    frontier: Path | None = typer.Option(
+        None, help="With --budget: a folder for what was considered, bytes against predicted error, as plot and table."
+    ),
     domain: list[str] = typer.Option([], help="Domains whose statistics count.  [default: all]"),
     out: str | None = typer.Option(None, help="The folder to make."),
     tokens: int | None = typer.Option(None, help="Calibration tokens of each domain.  [default: 65536]"),
@@ -58,6 +64,7 @@ def compress(
         "method": method,
         "keep": keep,
         "steps": step or None,
+        "budget": budget,
         "domain": domain or None,
         "out": out,
         "tokens": tokens,
@@ -77,12 +84,19 @@ def compress(
             raise RecipeError(
                 "a recipe file and flags for what it says", got=", ".join(given), fix="write it in the recipe"
             )
-        _carry_out(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code)
+        _carry_out(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code, frontier)
         return
     with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
         if plan_only and not out:
             flags["out"] = str(Path(scratch) / "plan-only")
-        needed = ("data", "keep", "out") if _needs_keep(method, step) else ("data", "out")
+        if budget and (given := [f"--{x}" for x in ("method", "keep", "step") if flags[_KEYS.get(x, x)] is not None]):
+            raise RecipeError(
+                "what to do is chosen for a budget, or given, not both",
+                where=f"moekit compress {model}",
+                got=f"--budget and {', '.join(given)}",
+                fix="leave out --budget, or the others",
+            )
+        needed = ("data", "keep", "out") if not budget and _needs_keep(method, step) else ("data", "out")
         missing = [f"--{name}" for name in needed if flags[name] is None]
         if missing:
             raise RecipeError(
@@ -90,7 +104,11 @@ def compress(
                 where=f"moekit compress {model}",
                 fix=f"e.g. moekit compress {model} --data python=texts/ --keep 0.5 --out smaller/",
             )
-        _carry_out(Recipe.from_flags(model=model, **flags), plan_only, stats, device, overwrite, trust_remote_code)
+        recipe = Recipe.from_flags(model=model, **flags)
+        _carry_out(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier)
+
+
+_KEYS = {"step": "steps"}  # of a recipe, where the option has another name
 
 
 def _needs_keep(method: str | None, steps: list[str]) -> bool:
@@ -101,14 +119,20 @@ def _needs_keep(method: str | None, steps: list[str]) -> bool:
 
 
 def _carry_out(
-    recipe: Recipe, plan_only: bool, stats: Path | None, device: str, overwrite: bool, trust_remote_code: bool
+    recipe: Recipe,
+    plan_only: bool,
+    stats: Path | None,
+    device: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+    frontier: Path | None,
 ) -> None:
     """Run a recipe: under torchrun in the first process, which the others help where a model is tuned."""
     from moekit.fitting.heal.team import gathered
 
     with gathered(device) as first:
         if first:
-            run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code)
+            run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier)
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:
@@ -122,6 +146,7 @@ def run_recipe(
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    frontier: Path | None = None,
 ) -> Result:
     """Prepare, say what will happen, run, say what happened."""
     from moekit.pipeline import estimate, prepare, run
@@ -130,6 +155,10 @@ def run_recipe(
     job = prepare(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
     for line in before(job, estimate(job, device)):
         screen.print(line)
+    if not job.steps:
+        job = planned_for(job, frontier, stats, device)
+        if not job.steps:
+            return nothing_to_do(job)
     with bars() as progress:
         result = run(
             job, plan_only=plan_only, stats_folder=stats, device=device, overwrite=overwrite, progress=progress
@@ -149,18 +178,40 @@ def run_recipe(
     return result
 
 
+def planned_for(job: Job, frontier: Path | None, stats: Path | None, device: str) -> Job:
+    """The job with the steps that the planner chooses for its budget; says why."""
+    from moekit.pipeline import choose
+
+    with bars() as progress:
+        job, choice = choose(job, stats_folder=stats, device=device, progress=progress)
+    for line in choice.words:
+        console().print(f"  {line}")
+    if frontier is not None and choice.steps:
+        console().print(f"  what was considered: {choice.frontier.save(frontier)}")
+    return job
+
+
+def nothing_to_do(job: Job) -> Result:
+    """What comes of a budget that the model keeps as it is."""
+    from moekit.pipeline import Result
+    from moekit.plans import Plan
+
+    return Result(Plan(layout_hash=job.model.layout.hash, notes=list(job.words)))
+
+
 def before(job: Job, expected: Estimate) -> list[str]:
     """What will be done, and how long it may take."""
     layout, steps = job.model.layout, job.steps
     what = [_what(step) for step in steps]
     tokens = sum(job.calibration.tokens.values())
     lines = [f"{n}. {said}" for n, said in enumerate(what, 1)] if len(steps) > 1 else what
+    lines = lines or [f"the best that fits into {format_bytes(expected.bytes_after)}"]
     return [
         f"[bold]{job.model.name}[/]: {len(layout.routed)} MoE layers of {layout.routed[0].num_experts} experts, "
         f"{format_bytes(layout.total.bytes)}",
         *(f"  {line}" for line in lines[:-1]),
         f"  {lines[-1]}, measured on {tokens:,} tokens",
-        f"  expected: {format_bytes(expected.bytes_after)} at the end; "
+        f"  expected: {'at most ' if not steps else ''}{format_bytes(expected.bytes_after)} at the end; "
         f"about {duration(expected.measure_s)} to measure, {duration(expected.bake_s)} to write",
     ]
 
@@ -180,11 +231,14 @@ def _what(step: Step) -> str:
 
 def notes(result: Result) -> list[str]:
     """What the plans say that a reader should know; of several steps each with its number."""
+    from moekit.pipeline import PLANNED
+
     several = len(result.steps) > 1
     return [
         f"step {number} ({done.plan.method}): {note}" if several else note
         for number, done in enumerate(result.steps, 1)
         for note in done.plan.notes
+        if not note.startswith(PLANNED)  # said when it was chosen
     ]
 
 

@@ -7,19 +7,22 @@ has not made.
 """
 
 from moekit.pipeline.account import report_of
+from moekit.pipeline.budget import choose
 from moekit.pipeline.execution import run
-from moekit.pipeline.job import Estimate, Job, bytes_after, estimate, prepare
+from moekit.pipeline.job import PLANNED, Estimate, Job, bytes_after, estimate, prepare
 from moekit.pipeline.production import FAILED, WHY_FAILED, produce
 from moekit.pipeline.result import Done, Result
 
 __all__ = [
     "FAILED",
+    "PLANNED",
     "WHY_FAILED",
     "Done",
     "Estimate",
     "Job",
     "Result",
     "bytes_after",
+    "choose",
     "estimate",
     "prepare",
     "produce",

@@ -10,7 +10,7 @@ from moekit import methods
 from moekit.families.model import Model
 from moekit.fitting import FITTED, Fit, decide, needs_model
 from moekit.layout import Layout
-from moekit.pipeline.job import Job, check_room
+from moekit.pipeline.job import PLANNED, Job, check_room
 from moekit.pipeline.outlook import check_written, label, layout_after, of_step
 from moekit.pipeline.production import FAILED, check_out, produce, proven, provenance_of, timed
 from moekit.pipeline.result import Done, Result
@@ -203,6 +203,8 @@ class _Steps:
         plan.padding = step.padding
         if number > 1 and stats is not None:
             plan.notes.append(self._told(number))
+        if number == 1:
+            plan.notes += [PLANNED + said for said in job.words]
         return plan
 
     def _statistics(self, number: int) -> Stats:

@@ -15,21 +15,30 @@ from moekit.apply.quantize import check_packable
 from moekit.apply.standins import check_separable
 from moekit.checkpoint.place import check_space
 from moekit.data import Dataset, load_tokenizer
-from moekit.errors import OutputError
+from moekit.errors import OutputError, RecipeError
 from moekit.families.matrices import expert_matrices
 from moekit.families.model import Model
 from moekit.layout import Layout
 from moekit.pipeline.outlook import check_steps, expected_layouts
 from moekit.pipeline.production import check_out
 from moekit.pipeline.workplace import Workplace
+from moekit.planning import check_budget, hold_out
+from moekit.planning.ways import FORMS, Formats
 from moekit.recipe import Recipe, Step
 from moekit.stats import Stats
 from moekit.stream import Stream
 
+PLANNED = "for the budget: "  # before what the planner says, in a plan's notes
+
 
 @dataclass
 class Job:
-    """A recipe with everything that it needs opened and checked, before any work starts."""
+    """A recipe with everything that it needs opened and checked, before any work starts.
+
+    Attributes:
+        held_out: of a recipe with a budget, the part of the calibration text that nothing is decided from.
+        words: why the planner chose what the recipe says.
+    """
 
     recipe: Recipe
     model: Model
@@ -37,6 +46,8 @@ class Job:
     evaluation: Dataset | None
     tokenizer: object
     dtype: torch.dtype | None
+    held_out: Dataset | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def out(self) -> Path:
@@ -115,6 +126,10 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
         seed=settings.seed,
         tokens_per_batch=settings.batch_tokens,
     )
+    held_out = None
+    if recipe.budget is not None:
+        check_budget(model, budget_bytes(recipe, model), formats_of(recipe))
+        calibration, held_out = hold_out(calibration)
     evaluation = None
     if recipe.evaluation is not None:
         evaluation = Dataset.build(
@@ -124,7 +139,33 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
             sequence_length=recipe.evaluation.sequence_length,
         )
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return Job(recipe, model, calibration, evaluation, tokenizer, dtype)
+    return Job(recipe, model, calibration, evaluation, tokenizer, dtype, held_out)
+
+
+def budget_bytes(recipe: Recipe, model: Model) -> int:
+    """What a recipe's budget is in bytes."""
+    budget = recipe.budget or 0
+    return budget if isinstance(budget, int) else int(budget * model.checkpoint.bytes)
+
+
+def formats_of(recipe: Recipe) -> Formats:
+    """In which form the planner may quantise.
+
+    Raises:
+        RecipeError: options that it has not.
+    """
+    options = dict(recipe.options)
+    name = options.pop("format", FORMS["stock"])
+    found = next((known for known, form in FORMS.items() if form == name), None)
+    if options or found is None:
+        raise RecipeError(
+            "the planner has no such option",
+            where="options",
+            expected=f"format: {' or '.join(FORMS.values())}",
+            got=recipe.options,
+            fix="leave it out",
+        )
+    return found
 
 
 def estimate(job: Job, device: str = "cpu") -> Estimate:
@@ -139,7 +180,8 @@ def estimate(job: Job, device: str = "cpu") -> Estimate:
     for _ in Stream(loader).run([job.calibration.batches[0].ids], last_layer=first):
         pass
     compute_s = max(1e-3, time.perf_counter() - started - read_s) / (first + 1)
-    written = [x.total.bytes for x in job.expected()]
+    planned = bool(job.steps)
+    written = [x.total.bytes for x in job.expected()] if planned else [budget_bytes(job.recipe, model)]
     speed = loader.layer_bytes(first) / max(read_s, 1e-4)
     passes = 1 + sum(step.remeasure for step in job.steps[1:])
     measure_s = passes * layout.num_layers * max(read_s, 1.3 * compute_s * len(job.calibration.batches))

@@ -9,13 +9,16 @@ choice.frontier.save("folder")   # bytes against predicted error: a plot, a tabl
 """
 
 from moekit.planning.candidates import Candidate, candidates, groups
-from moekit.planning.choose import Choice, check_budget, plan_for_budget, shortlist
+from moekit.planning.choose import Choice, check_budget, plan_for_budget
 from moekit.planning.frontier import Frontier, Point
 from moekit.planning.heldout import hold_out
+from moekit.planning.refine import Fitting
+from moekit.planning.shortlist import shortlist
 
 __all__ = [
     "Candidate",
     "Choice",
+    "Fitting",
     "Frontier",
     "Point",
     "candidates",

@@ -45,7 +45,8 @@ class Candidate:
         plan: all steps in one, to be applied live.
         keep: experts that a layer keeps.
         experts: experts that it has.
-        kind: what is done to the number of experts, "" or "prune" or "merge", and bits of their weights after.
+        kind: what is done to the number of experts, "" or "prune" or "merge", and bits of their weights after (a mean,
+            where experts have different ones).
         rest: bits of what every token uses; 0: it stays.
         bytes: of the result, exactly.
         predicted: relative squared error of the blocks' outputs (`moekit.planning.outlook`).
@@ -55,17 +56,19 @@ class Candidate:
     plan: Plan = field(repr=False)
     keep: int
     experts: int
-    kind: tuple[str, int]
+    kind: tuple[str, float]
     rest: int
     bytes: int
     predicted: float
 
     def __str__(self) -> str:
-        """`20 of 32 experts (easy-ep) at 8 bits`."""
+        """`20 of 32 experts (easy-ep) at 4 bits (gptq-int4)`."""
         count = f"all {self.experts} experts" if self.keep == self.experts else f"{self.keep} of {self.experts} experts"
         by = {"": "", "prune": " ({})", "merge": " (merged by {})"}[self.kind[0]]
         rest = f", all else at {self.rest}" if self.rest else ""
-        return count + by.format(self.steps[0].method if self.steps else "") + f" at {self.kind[1]} bits{rest}"
+        fitted = f" ({self.steps[-1].method})" if self.steps and self.steps[-1].method in FITTED else ""
+        bits = f" at {self.kind[1]:g} bits{fitted}{rest}"
+        return count + by.format(self.steps[0].method if self.steps else "") + bits
 
     @property
     def said(self) -> str:

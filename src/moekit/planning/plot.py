@@ -29,7 +29,7 @@ class Dot:
     bytes: int
     predicted: float
     measured: float | None
-    kind: tuple[str, int]
+    kind: tuple[str, float]
     front: bool
     chosen: bool
     name: str
@@ -86,14 +86,14 @@ def draw(dots: Sequence[Dot], source_bytes: int, budget_bytes: int) -> str:
     return "\n".join([*out, "</svg>"])
 
 
-def _legend(kinds: Sequence[tuple[str, int]], colour: dict[tuple[str, int], str]) -> list[str]:
+def _legend(kinds: Sequence[tuple[str, float]], colour: dict[tuple[str, float], str]) -> list[str]:
     said = {"": "all experts", "prune": "fewer, pruned", "merge": "fewer, merged"}
     out, x, y = [], WIDTH - RIGHT + 16, TOP + 8
     out.append(f'<text x="{x}" y="{y}">predicted error</text>')
     for what, bits in kinds:
         y += 19
         out.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="4" fill="{colour[what, bits]}"/>')
-        out.append(f'<text class="soft" x="{x + 14}" y="{y}">{said[what]}, {bits} bits</text>')
+        out.append(f'<text class="soft" x="{x + 14}" y="{y}">{said[what]}, {bits:g} bits</text>')
     y += 19
     out.append(f'<path class="kl" d="M{x + 4},{y - 10} l6,6 l-6,6 l-6,-6 z"/>')
     out.append(f'<text class="soft" x="{x + 14}" y="{y}">measured KL, nats</text>')

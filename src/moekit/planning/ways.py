@@ -85,16 +85,21 @@ def quantising() -> list[Method]:
     return [methods.get(name) for name in methods.names("quantize") if name not in FITTED]
 
 
-def _way(method: Method, model: Model, formats: Formats, rest: int) -> Way:
+def options_of(method: Method, model: Model, formats: Formats, rest: int) -> dict[str, Any]:
+    """Options that let a method write a form, with so many bits for what every token uses (0: it stays as it is)."""
     options: dict[str, Any] = {"fitted": True} if "fitted" in method.options else {}
-    if "format" in method.options and method.options["format"] != FORMS[formats]:
+    if method.options["format"] != FORMS[formats]:
         options["format"] = FORMS[formats]
     parts, rests = model.layout.parts, dict(REST)
     if formats == "moekit":  # stock transformers cannot read packed input embeddings
         rests["embedding_bits"] = "embeddings"
     if not model.layout.tied_embeddings:
         rests["head_bits"] = "embeddings"
-    options |= {key: rest for key, part in rests.items() if rest and parts[part].bytes and key in method.options}
+    return options | {key: rest for key, part in rests.items() if rest and parts[part].bytes}
+
+
+def _way(method: Method, model: Model, formats: Formats, rest: int) -> Way:
+    options = options_of(method, model, formats, rest)
     ops = tuple(ways_of(method, model.layout, method.settings(options)))
     bits = next(op.width(0) for op in ops if isinstance(op, Quantize))
     return Way(Step(method=method.name, options=options), ops, bits, rest)
