@@ -427,7 +427,7 @@ BAD = {
     "no such device": (None, job("--device", "tpu"), ["no device 'tpu'", "device", "leave it out"]),
     "no such verb": (None, ["inspekt"], ["No such command 'inspekt'", "moekit", "moekit --help"]),
     "no model given": (None, ["inspect"], ["Missing argument 'model'", "model", "moekit inspect --help"]),
-    "no text given": (None, ["eval", "model"], ["--data or --tasks must be given", "--data", "moekit eval model --tasks arc_easy"]),
+    "no text given": (None, ["eval", "model"], ["--data or --tasks must be given", "--data", "--tasks arc_easy"]),
     "no number": (None, job("--tokens", "many"), ["valid integer", "--tokens", "moekit compress --help"]),
     "file in no folder": (
         None,
