@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moekit.checkpoint.reader import read_config
 from moekit.errors import CheckpointError
@@ -20,6 +21,16 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
     config = load_config(folder, read_config(folder), trust_remote_code)
     model = build(config, dtype, buffers=True, trust_remote_code=trust_remote_code)
     return model.requires_grad_(False)
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache of keys and values (and whatever else the family's layers keep) with nothing in it."""
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose weights are no longer quantised."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def put(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -20,12 +20,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache
 
 from moekit.errors import DataError, RecipeError
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
-from moekit.families.resident import check_filled, experts_run_by, put, skeleton
+from moekit.families.resident import check_filled, empty_cache, experts_run_by, put, skeleton
 from moekit.recipe import format_bytes, parse_bytes
 from moekit.serve.cache import ExpertCache, slot_bytes, slots_in
 from moekit.serve.experts import IMPLEMENTATION
@@ -133,7 +132,7 @@ class Engine:
         sizes = []
         vocabulary = self.layout.vocab_size
         for length in (16, 16 + CHUNK_TOKENS):
-            past = DynamicCache(config=self.model.config.get_text_config())
+            past = empty_cache(self.model)
             ids = torch.arange(length)[None] % vocabulary
             self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             sizes.append(_cache_bytes(past))
@@ -166,7 +165,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits [T, V] of a text, in chunks."""
-        past = self._past()
+        past = empty_cache(self.model)
         return torch.cat(
             [
                 self.model(input_ids=part[None], past_key_values=past, use_cache=True).logits[0]
@@ -195,7 +194,7 @@ class Engine:
             )
         settings = sampling or Sampling()
         generator = torch.Generator().manual_seed(settings.seed)
-        past, ends = self._past(), self.ends
+        past, ends = empty_cache(self.model), self.ends
         self.timing = Timing()
         stalled = self.cache.counts.stall_s
         started = time.perf_counter()
@@ -224,9 +223,6 @@ class Engine:
         """Tokens that end a text."""
         found = self.model.generation_config.eos_token_id
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
-
-    def _past(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config.get_text_config())
 
     def close(self) -> None:
         """End the readers and close the files."""

@@ -17,6 +17,7 @@ from moekit.checkpoint.place import check_place, check_space, claimed, failed, m
 from moekit.errors import ModelError, OutputError
 from moekit.families.loader import OUTER
 from moekit.families.model import Model
+from moekit.families.resident import run_config
 from moekit.layout import MoELayer
 from moekit.progress import Progress, silent
 from moekit.serve.forms import BITS, packed_expert
@@ -137,8 +138,7 @@ def _write(
         if side.suffix in KEPT_FILES and file.stat().st_size < LARGEST_SIDE_BYTES:
             (partial / side).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, partial / side)
-    config = {key: value for key, value in model.checkpoint.config.items() if key != "quantization_config"}
-    write_text(partial / "config.json", json.dumps(config, indent=1))
+    write_text(partial / "config.json", json.dumps(run_config(model.checkpoint.config), indent=1))
     manifest = {
         "version": VERSION,
         "source": {"name": model.name, "fingerprint": model.fingerprint},

@@ -32,6 +32,7 @@ MANIFEST = "store.json"
 VERSION = 1
 PAGE_BYTES = 4096
 ALIGNMENT = 64
+DIRECT = getattr(os, "O_DIRECT", 0)  # reads past the page cache; not on every system
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class ExpertStore:
         self.layout = Layout.from_dict(self.manifest["layout"])
         self.layers = {int(index): _layer(row) for index, row in self.manifest["layers"].items()}
         self._files: dict[str, int] = {}
-        self._direct = hasattr(os, "O_DIRECT")
+        self._direct = bool(DIRECT)
         for name, size in self.manifest["sizes"].items():
             file = self.path / name
             found = file.stat().st_size if file.is_file() else None
@@ -243,7 +244,7 @@ class ExpertStore:
         if name not in self._files:
             path = self.path / name
             try:
-                self._files[name] = os.open(path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+                self._files[name] = os.open(path, os.O_RDONLY | (DIRECT if self._direct else 0))
             except OSError:
                 self._direct = False  # some file systems have no direct reads
                 self._files[name] = os.open(path, os.O_RDONLY)

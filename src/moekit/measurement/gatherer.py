@@ -1,4 +1,4 @@
-"""measure(model, data) -> Stats: one streamed pass over the data that takes every statistic that methods ask for.
+"""Gatherer: adds up every statistic that methods ask for, from what it is shown.
 
 Symbols: T tokens of a batch, K chosen, E experts, D hidden, N domains.
 """
@@ -6,25 +6,17 @@ Symbols: T tokens of a batch, K chosen, E experts, D hidden, N domains.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
-import platform
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from moekit import __version__
-from moekit.data import Batch, Dataset
+from moekit.data import Batch
 from moekit.errors import ModelError
-from moekit.families.model import Model
 from moekit.families.probe import log_scores
 from moekit.families.seam import ExpertRows
-from moekit.layout import Layout, MoELayer
-from moekit.progress import Progress, silent
+from moekit.layout import MoELayer
 from moekit.stats import (
     ALWAYS,
     FIELDS,
@@ -33,11 +25,9 @@ from moekit.stats import (
     RATIO_BINS,
     WORDS,
     LayerStats,
-    Stats,
     position_bucket,
 )
-from moekit.stream import DEFAULT_SPILL_BYTES, Checkpoints, Stream
-from moekit.subsets import SubsetErrors, count_subsets
+from moekit.subsets import count_subsets
 from moekit.tally import Tally
 from moekit.view import Call, MoEView, Observer
 
@@ -299,153 +289,3 @@ def _mismatch(layer: MoELayer, what: str) -> ModelError:
         got=what,
         fix="please report this family",
     )
-
-
-def measure(
-    model: Model,
-    data: Dataset,
-    *,
-    groups: Sequence[str] = GROUPS,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    workdir: str | Path | None = None,
-    spill_bytes: int = DEFAULT_SPILL_BYTES,
-    checkpoint_s: float = 60.0,
-    progress: Progress = silent,
-) -> Stats:
-    """Take statistics of `model` on `data` in one pass, one layer's weights in memory.
-
-    Args:
-        model: from `moekit.open`.
-        data: from `moekit.data`.
-        groups: which quantities, of `moekit.stats.ALL_GROUPS`; as a rule all but "subsets".
-        dtype: to run in; None for the model's own.
-        device: "cpu" or "cuda".
-        workdir: where an interrupted pass leaves what it needs to go on; None for nowhere.
-        spill_bytes: hidden states beyond this wait on disk.
-        checkpoint_s: seconds between checkpoints.
-        progress: told as layers pass.
-
-    Raises:
-        ModelError: routing and experts do not agree (the family is not understood).
-        CheckpointError: weights cannot be read.
-    """
-    layout = model.layout
-    layers = layout.routed
-    loader = model.loader(dtype, device)
-    gatherer = Gatherer(layers, len(data.domains), groups)
-    manifest = manifest_of(model, data.describe(), groups, loader.dtype)
-    identity = json.dumps(manifest, sort_keys=True)
-    work = None if workdir is None else Path(workdir)
-    store = None if work is None else Checkpoints(work, identity, gatherer.previous, checkpoint_s)
-    done: dict[int, LayerStats] = {}
-    tokens = sum(data.tokens.values())
-
-    def after_layer(index: int) -> None:
-        done[index] = gatherer.take(index, tokens)
-        if work is not None:
-            _keep(work, identity, index, done[index])
-
-    stream = Stream(loader, spill_bytes=spill_bytes, checkpoints=store, progress=progress)
-    for _ in gather(stream, layout, data.batches, gatherer, after_layer):
-        pass
-    for layer in layers:
-        if layer.index not in done:
-            done[layer.index] = _kept(work, layer.index)
-    if work is not None:
-        _forget(work)
-    sequences = np.zeros(len(data.domains), np.int64)
-    for batch in data.batches:
-        sequences[batch.domain] += len(batch.ids)
-    counts = np.array([data.tokens[name] for name in data.domains], np.int64)
-    return Stats(layout.hash, tuple(data.domains), counts, sequences, dict(sorted(done.items())), manifest)
-
-
-def gather(
-    stream: Stream,
-    layout: Layout,
-    batches: Sequence[Batch],
-    gatherer: Gatherer,
-    after_layer: Callable[[int], None],
-    logits: bool = False,
-) -> Iterator[torch.Tensor]:
-    """Show every MoE layer's work on every batch to `gatherer`, layer by layer.
-
-    Args:
-        stream: of the model.
-        layout: of the model.
-        batches: what runs through it.
-        gatherer: watches.
-        after_layer: called when all batches have passed an MoE layer.
-        logits: run on to the model's head; else stop after the last MoE layer.
-
-    Yields:
-        With `logits`, those of each batch [B, T, vocabulary].
-
-    Raises:
-        ModelError: routing and experts do not agree.
-    """
-    view = MoEView(stream.model, layout)
-
-    @contextlib.contextmanager
-    def around(index: int, number: int) -> Iterator[None]:
-        if index not in layout.by_index:
-            yield
-            return
-        gatherer.batch = (number, batches[number])
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(gatherer.compared(view, [index] if number == 0 else []))
-            stack.enter_context(view.watch(gatherer, layers=[index]))
-            if (errors := gatherer.sums[index].get("subset_error")) is not None:
-                batch = batches[number]
-                tried = SubsetErrors(view, layout.by_index[index], batch, errors[batch.domain])
-                stack.enter_context(tried.watching())
-            yield
-
-    yield from stream.run(
-        [x.ids for x in batches],
-        around=around,
-        after_layer=lambda index: after_layer(index) if index in layout.by_index else None,
-        last_layer=None if logits else layout.routed[-1].index,
-    )
-
-
-def manifest_of(model: Model, data: dict, groups: Sequence[str], dtype: torch.dtype) -> dict:
-    """Where statistics come from, as plain data; `data` is what `Dataset.describe` says."""
-    return {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "layout": model.layout.to_dict(),
-        "data": data,
-        "groups": sorted(groups),
-        "dtype": str(dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides numbers."""
-    return {
-        "moekit": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
-
-
-def _keep(work: Path, identity: str, index: int, stats: LayerStats) -> None:
-    one = Stats(identity, (), np.zeros(0, np.int64), np.zeros(0, np.int64), {index: stats})
-    one.save(work / f"layer-{index:04d}")
-
-
-def _forget(work: Path) -> None:
-    """Remove what a pass has left in `work`, and the folder unless it holds something else."""
-    for path in (work / "hidden", work / "hidden.next", *work.glob("layer-[0-9][0-9][0-9][0-9]")):
-        shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        work.rmdir()
-
-
-def _kept(work: Path | None, index: int) -> LayerStats:
-    if work is None:
-        raise ModelError("a MoE layer was never run", where=f"layer {index}")
-    return Stats.load(work / f"layer-{index:04d}").layers[index]
