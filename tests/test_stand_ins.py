@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import zoo
 from moekit import methods
 from moekit.apply.bake import bake
+from moekit.cli import main
 from moekit.data import Batch
 from moekit.errors import CheckpointError, PlanError, RecipeError
 from moekit.evaluation.compare import Subject, logits_of
@@ -224,6 +225,15 @@ def test_statistics_of_such_a_model_see_constants_as_experts(opened, tmp_path):
         for expert in (1, 3, 6):
             vector = PlanTensors(tmp_path / "new").read(layer.index, constant_name(layer, expert))
             np.testing.assert_allclose(total[expert], count[expert] * vector.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_inspect_names_them(opened, tmp_path, capfd):
+    model = opened("mixtral")
+    bake(model.checkpoint, model.understanding, plan_of(model, tmp_path / "new"), tmp_path / "out")
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "8 experts (3 of them constants), top-2" in said
+    assert "saves" not in said
 
 
 def test_the_stock_form_loads_in_stock_transformers(opened, tmp_path):

@@ -63,6 +63,7 @@ def facts(layout: Layout) -> list[tuple[str, str]]:
     for label, members in groups(layout):
         layer = members[0]
         shared = f" + {layer.shared_experts} shared" if layer.shared_experts else ""
+        shared += f" ({len(layer.constants)} of them constants)" if layer.constants else ""
         rows += [
             (
                 label,
@@ -78,7 +79,8 @@ def groups(layout: Layout) -> list[tuple[str, list[MoELayer]]]:
     """Runs of alike MoE layers, labelled as `layers 3-60` or `mtp`."""
 
     def kind(layer: MoELayer) -> tuple:
-        return layer.mtp, layer.num_experts, layer.top_k, layer.inner_size, layer.router, layer.shared_experts
+        same = layer.mtp, layer.num_experts, layer.top_k, layer.inner_size, layer.router, layer.shared_experts
+        return *same, len(layer.constants)
 
     out = []
     for key, run in groupby(layout.layers, kind):
@@ -117,8 +119,9 @@ def abilities(layout: Layout) -> list[str]:
 
     lines = [
         f"can be measured, pruned and evaluated; at least {need} of {layer.num_experts} experts must stay a layer",
-        ", ".join(saved(keep) for keep in sorted({max(need, layer.num_experts // 2), need}, reverse=True)),
     ]
+    if not any(x.constants for x in layout.routed):  # dropping a constant saves next to nothing
+        lines.append(", ".join(saved(keep) for keep in sorted({max(need, layer.num_experts // 2), need}, reverse=True)))
     if any(x.mtp for x in layout.layers):
         lines.append(
             "multi-token-prediction layers are dropped when experts are (stock transformers does not run them)"
