@@ -99,6 +99,17 @@ def test_a_budget_that_the_model_keeps(talker, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_planned_only(talker, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = flags(talker, tmp_path)["data"]["code"]
+    sizes = ["--tokens", "768", "--sequence-length", "64", "--budget", str(fewer(talker, 0.3))]
+    assert main(["compress", str(talker), "--data", f"code={text}", *sizes, "--plan-only"]) == 0
+    said = capfd.readouterr().out
+    assert "keeps " in said
+    assert "planned only" in said
+    assert {x.name for x in tmp_path.iterdir()} == {"code.txt"}
+
+
 def test_refused_before_any_work(talker, tmp_path, capfd):
     with pytest.raises(PlanError, match="as small as that"):
         prepare(recipe(talker, tmp_path, budget=1000))

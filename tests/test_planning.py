@@ -302,6 +302,17 @@ def test_predictions_alone_decide_where_nothing_is_measured(tiny_case):
     assert "not measured" in choice.words[0]
 
 
+def test_quantised_models_are_pruned_only(opened_tiny, tmp_path):
+    plan = Plan(layout_hash=opened_tiny.layout.hash, ops=all_ways(opened_tiny)["rtn-int8 0"])
+    small = moekit.open(bake(opened_tiny.checkpoint, opened_tiny.understanding, plan, tmp_path / "int8").path)
+    choice = plan_for_budget(small, measure(small, DATA), DATA, int(0.9 * small.checkpoint.bytes), measure=1)
+    assert {x.candidate.kind for x in choice.frontier.points} == {("", 8), ("prune", 8)}
+    assert any("quantised already" in x for x in choice.words)
+    written = methods.make_plan(choice.steps[0].method, measure(small, DATA), small.layout, keep=choice.steps[0].keep)
+    baked = bake(small.checkpoint, small.understanding, written, tmp_path / "less")
+    assert baked.bytes_after == next(x.candidate.bytes for x in choice.frontier.points if x.chosen)
+
+
 @pytest.mark.parametrize("formats", ["stock", "moekit"])
 def test_fitted_bits_are_tried_on_the_choice(opened, tmp_path, formats):
     model = opened("qwen3_moe", moe_intermediate_size=32)  # rows that fill words in any width

@@ -86,11 +86,15 @@ class Candidate:
 
 
 def reducing(layout: Layout) -> list[Method]:
-    """Methods that leave fewer experts, decide from statistics, and can do so for this model."""
+    """Methods that leave fewer experts, decide from statistics, and can do so for this model.
+
+    Experts that are quantised already cannot be merged.
+    """
     known = [methods.get(name) for name in methods.names() if name not in FITTED]
     largest = max(layer.num_experts for layer in layout.routed)
     fit = [x for x in known if not x.most_experts or largest <= x.most_experts]
-    return [x for x in fit if x.kind in ("prune", "merge") and x.needs]
+    kinds = ("prune",) if layout.quantisation else ("prune", "merge")
+    return [x for x in fit if x.kind in kinds and x.needs]
 
 
 def groups(layout: Layout) -> tuple[str, ...]:

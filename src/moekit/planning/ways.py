@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,5 +107,8 @@ def _way(method: Method, model: Model, formats: Formats, rest: int) -> Way:
 
 
 def _own_bits(model: Model) -> int:
+    """Bits of a weight on disk; scales counted where the form does not say."""
+    if said := re.search(r"\d+", model.layout.quantisation or ""):  # int8, fp8, mxfp4
+        return int(said.group())
     experts = model.layout.parts["experts"]
     return round(8 * experts.bytes / max(1, experts.params))
