@@ -99,7 +99,8 @@ def produce(
     for step in steps:
         for stage, spent in step.seconds.items():
             seconds[stage] = round(seconds.get(stage, 0) + spent, 2)
-    whole = replace(baked, bytes_before=source.checkpoint.bytes)
+    said = tuple(dict.fromkeys(note for step in steps if step.baked for note in step.baked.notes))
+    whole = replace(baked, bytes_before=source.checkpoint.bytes, notes=said)
     result = Result(plan, baked=whole, verification=done.verification, seconds=seconds, steps=steps)
     usage = None
     if evaluation is not None:
