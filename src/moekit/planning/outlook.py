@@ -66,11 +66,13 @@ class Outlook:
         for layer in self.layout.routed:
             share_E = self._shares[layer.index]
             alike = self.weights.likeness.get(layer.index, 0.0)
-            error = REFILL * (1 - alike) * float(share_E[list(dropped.get(layer.index, ()))].sum())
+            gone = dropped.get(layer.index, ())
+            error = REFILL * (1 - alike) * float(share_E[list(gone)].sum())
             if layer.index in merges:
                 error += self._merged(merges[layer.index], share_E, alike)
             if layer.index in quantised:
-                error += self._rounded(quantised[layer.index], share_E, list(plan.kept(layer)))
+                kept = np.setdiff1d(np.arange(layer.num_experts), gone).tolist()
+                error += self._rounded(quantised[layer.index], share_E, kept)
             errors[layer.index] = error
         return errors
 
