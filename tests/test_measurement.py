@@ -235,7 +235,7 @@ def test_a_tie_of_scores_may_be_chosen_either_way_and_no_more(opened):
     logits = torch.tensor([[3.0, 2.0, 2.0 + 2**-22, -1.0, -2.0, -2.0, -2.0, -2.0]])
     _, margin = gatherer._confidence(layer, logits, torch.tensor([[0, 1]]))
     assert abs(float(margin)) < 1e-6
-    with pytest.raises(ModelError, match="do not favour|do not agree"):
+    with pytest.raises(ModelError, match=r"do not favour|do not agree"):
         gatherer._confidence(layer, logits, torch.tensor([[0, 3]]))
 
 
