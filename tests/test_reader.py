@@ -19,6 +19,7 @@ from safetensors.torch import save, save_file
 
 import giant
 import zoo
+from memory import PEAK
 from moekit.checkpoint import reader
 from moekit.checkpoint.hub import is_hub_id, remote_checkpoint
 from moekit.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo, parse_header
@@ -581,11 +582,13 @@ def test_a_checkpoint_of_689_gigabytes_is_inspected_in_little_memory(tmp_path):
     size = giant.deepseek_v3(tmp_path / "giant")
     assert size > 680e9
     code = (
-        "import resource, sys\nfrom moekit.cli import main\n"
+        "import sys\nfrom moekit.cli import main\n"
         "code = main(['inspect', sys.argv[1]])\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\nsys.exit(code)"
+        "print('peak', peak())\nsys.exit(code)"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "giant"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK + code, tmp_path / "giant"], capture_output=True, text=True, check=True
+    )
     assert "689 GB, 684 B parameters, 37.6 B active" in run.stdout
     assert "256 experts + 1 shared, top-8" in run.stdout
     assert "mtp layer" in run.stdout

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import giant
+from memory import PEAK
 from moekit.errors import CheckpointError, ModelError
 from moekit.families.loader import Loader
 from moekit.families.model import Model
@@ -460,17 +461,17 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     outer: list[giant.Row] = [(f"{x}.weight", "BF16", (1000, hidden)) for x in ("model.embed_tokens", "lm_head")]
     outer.append(("model.norm.weight", "BF16", (hidden,)))
     code = (
-        "import resource, sys, torch\n"
+        "import sys, torch\n"
         "from moekit.families.model import Model\nfrom moekit.stream import Stream\n"
         "for folder in sys.argv[1:]:\n"
         "    for logits in Stream(Model.open(folder).loader()).run([torch.ones(1, 16, dtype=torch.int64)] * 2):\n"
         "        assert logits.shape == (1, 16, 1000)\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "    print(peak())"
     )
     folders = [tmp_path / f"{layers}" for layers in (6, 12)]
     for layers, folder in zip((6, 12), folders, strict=True):
         settings = config | {"num_hidden_layers": layers}
         assert giant.write_sparse_checkpoint(folder, settings, [outer, *map(layer, range(layers))]) > layers * 25e6
-    run = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", PEAK + code, *folders], capture_output=True, text=True, check=True)
     six, twelve = map(int, run.stdout.split())
     assert twelve - six < 30e6
