@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Some CPUs' matrix products depend on where a matrix lies in memory: then not even the stock forward gives the same
+# bits twice. Read when torch loads.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
