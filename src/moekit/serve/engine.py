@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from moekit.errors import DataError, RecipeError
+from moekit.families.caches import cache_bytes
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
 from moekit.families.resident import check_filled, empty_cache, experts_run_by, put, skeleton
@@ -31,6 +32,7 @@ from moekit.serve.experts import IMPLEMENTATION
 from moekit.serve.policies import Policy, Sizes, policy_named
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import ExpertStore
+from moekit.serve.telemetry import Telemetry
 
 CHUNK_TOKENS = 256  # of a prompt that run together; each expert is read once a chunk
 SLACK_BYTES = 48 << 20  # what allocators hold beyond what is in use
@@ -58,7 +60,7 @@ class Memory:
     Attributes:
         budget: of the whole process.
         resident: Python, libraries, and the model without its experts.
-        context: keys and values of the longest context.
+        context: keys and values of all texts that are kept at once.
         work: what a forward needs while it runs.
         experts: what is left for experts.
         slots: experts that fit in it.
@@ -81,6 +83,8 @@ class Engine:
         policy: name of a cache policy, or one made for the sizes that `Engine.sizes` gives.
         context: tokens of prompt and answer together, at most.
         verify: compare each record's checksum when it is read.
+        texts: that are kept at once, at most.
+        kept_tokens: whose keys and values are kept at once, of all texts together; None: of one longest context.
 
     Raises:
         CheckpointError: the store is damaged.
@@ -95,9 +99,12 @@ class Engine:
         policy: str = "lru",
         context: int = 2048,
         verify: bool = True,
+        texts: int = 1,
+        kept_tokens: int | None = None,
     ):
         self.store = store if isinstance(store, ExpertStore) else ExpertStore(store)
         self.layout, self.context = self.store.layout, context
+        self.texts, self.kept_tokens = texts, max(context, kept_tokens or 0)
         self.model = skeleton(self.store.path, dtype_of(self.layout))
         for index in (-1, *range(self.layout.num_layers)):
             put(self.model, self.store.rest(index))
@@ -105,12 +112,12 @@ class Engine:
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
         self._experts = experts_run_by(self.model, self.layout, IMPLEMENTATION)
-        self.timing = Timing()
+        self.timing, self.telemetry = Timing(), Telemetry()
         budget = None if memory is None else parse_bytes(memory)
         self.cache = self._cache(slot_bytes(self.store) * 8, "lru", verify)
-        per_token, work = self._probe()
+        per_token, per_text, work = self._probe()
         self.cache.close()
-        self.memory = self._divide(budget, per_token, work)
+        self.memory = self._divide(budget, per_token * self.kept_tokens + per_text * texts, work)
         self.cache = self._cache(self.memory.experts, policy, verify)
 
     def sizes(self, slots: int) -> Sizes:
@@ -127,24 +134,24 @@ class Engine:
         return cache
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[int, int]:
-        """(bytes of keys and values a token, bytes that a forward needs beside them), measured."""
+    def _probe(self) -> tuple[int, int, int]:
+        """(bytes kept of a token, of a text whatever its length, bytes that a forward needs beside them), measured."""
         sizes = []
         vocabulary = self.layout.vocab_size
         for length in (16, 16 + CHUNK_TOKENS):
             past = empty_cache(self.model)
             ids = torch.arange(length)[None] % vocabulary
             self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            sizes.append(_cache_bytes(past))
+            sizes.append(cache_bytes(past))
         per_token = max(0, sizes[1] - sizes[0]) // CHUNK_TOKENS
         before = _rss()
         peak = _peak_rss()
-        return per_token, max(0, peak - before) + SLACK_BYTES
+        return per_token, max(0, sizes[0] - 16 * per_token), max(0, peak - before) + SLACK_BYTES
 
-    def _divide(self, budget: int | None, per_token: int, work: int) -> Memory:
+    def _divide(self, budget: int | None, context: int, work: int) -> Memory:
         gc.collect()
         _trim()
-        resident, context = _rss(), per_token * self.context
+        resident = _rss()
         needed = resident + context + work
         everything = self.store.expert_bytes + 2 * slot_bytes(self.store)
         total = needed + everything if budget is None else budget
@@ -154,7 +161,7 @@ class Engine:
                 "the model does not run in so little memory",
                 where="memory",
                 expected=f"at least {format_bytes(least)}: {format_bytes(resident)} for Python and the model without "
-                f"its experts, {format_bytes(context)} for a context of {self.context:,} tokens, "
+                f"its experts, {format_bytes(context)} for a context of {self.kept_tokens:,} tokens, "
                 f"{format_bytes(work)} to work in",
                 got=format_bytes(total),
                 fix="give more memory, or a shorter context",
@@ -196,27 +203,54 @@ class Engine:
         generator = torch.Generator().manual_seed(settings.seed)
         past, ends = empty_cache(self.model), self.ends
         self.timing = Timing()
-        stalled = self.cache.counts.stall_s
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for part in torch.as_tensor(ids).split(CHUNK_TOKENS):
-                out = self.model(input_ids=part[None], past_key_values=past, use_cache=True, logits_to_keep=1)
+        stalled, started = self.cache.counts.stall_s, time.perf_counter()
+        for part in torch.as_tensor(ids).split(CHUNK_TOKENS):
+            logits = self.forward(part[None], past, "prefill")[0]
         self.timing.prefill_s = time.perf_counter() - started
+        self.telemetry.first.add(self.timing.prefill_s)
         for count in range(min(max_new_tokens, self.context - len(ids))):
-            token = choose(out.logits[0, -1], settings, generator)
+            token = choose(logits, settings, generator)
             if token in ends:
                 break
             yield token
             if count + 1 == max_new_tokens:
                 break
             started = time.perf_counter()
-            with torch.inference_mode():
-                out = self.model(
-                    input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True, logits_to_keep=1
-                )
+            logits = self.forward(torch.tensor([[token]]), past, "decode")[0]
             self.timing.token_s.append(time.perf_counter() - started)
+            self.telemetry.token.add(self.timing.token_s[-1])
             self.timing.stall_s = self.cache.counts.stall_s - stalled
         self.timing.stall_s = self.cache.counts.stall_s - stalled
+
+    @torch.inference_mode()
+    def forward(self, ids_BS: torch.Tensor, past: Any, kind: str, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Run tokens, and keep their keys and values.
+
+        Args:
+            ids_BS: of B texts, the next S tokens of each.
+            past: cache that `moekit.families.resident.empty_cache` made, or `moekit.families.caches.join`.
+            kind: "prefill" or "decode", for the telemetry.
+            lengths: tokens of each text in `past`, where they differ; None: all alike, nothing is padded.
+
+        Returns:
+            Logits [B, V] behind the last of the tokens.
+
+        Raises:
+            CheckpointError: an expert cannot be read, or is damaged.
+        """
+        padded = {}
+        if lengths is not None and min(lengths) < max(lengths):
+            lengths_B1, steps = torch.tensor(lengths)[:, None], torch.arange(ids_BS.shape[1])
+            columns = torch.arange(max(lengths) + len(steps))
+            padded = {
+                "attention_mask": (columns >= max(lengths) - lengths_B1).long(),
+                "position_ids": lengths_B1 + steps,
+            }
+        stalled, started = self.cache.counts.stall_s, time.perf_counter()
+        out = self.model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
+        waited = self.cache.counts.stall_s - stalled
+        self.telemetry.forward(kind, ids_BS.numel(), time.perf_counter() - started, waited)
+        return out.logits[:, -1]
 
     @property
     def ends(self) -> frozenset[int]:
@@ -228,10 +262,6 @@ class Engine:
         """End the readers and close the files."""
         self.cache.close()
         self.store.close()
-
-
-def _cache_bytes(past: Any) -> int:
-    return sum(x.nbytes for layer in past.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
 
 
 def _rss() -> int:

@@ -1,0 +1,108 @@
+"""Caches of keys and values (and whatever else a family's layers keep) of several texts, put together and taken apart.
+
+Texts of a batch end in the same column: shorter ones are padded on the left, and an attention mask hides the padding.
+That is right for layers that attend; layers with a recurrent state keep one for each row, and need no padding at all.
+A family whose layers keep something else fails or gives other numbers: `moekit.serve.batching` tries it out first.
+
+Symbols: B rows, H heads, L columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+COLUMNS = {"keys": -2, "values": -2, "indexer_keys": 1}  # what has a column for each token, and in which dimension
+LENGTH = "cumulative_length"  # tokens that a layer with a window has seen
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of everything that a cache holds."""
+    return sum(x.nbytes for layer in cache.layers for x in _tensors(vars(layer)))
+
+
+def join(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache of several, whose rows follow each other; the given ones are used up.
+
+    Args:
+        caches: of texts of any lengths, [B_i, ...] each.
+
+    Returns:
+        [sum of B_i, ...], padded with zeros on the left to the longest.
+    """
+    first = caches[0]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        longest = {
+            name: max(x.shape[dim] for x in (vars(layer).get(name) for layer in layers) if _filled(x))
+            for name, dim in COLUMNS.items()
+            if _filled(vars(layers[0]).get(name))
+        }
+        whole = {name: _combine(name, [vars(layer)[name] for layer in layers], longest) for name in vars(layers[0])}
+        for layer in layers[1:]:
+            vars(layer).update(dict.fromkeys(COLUMNS))  # freed layer by layer: never twice in memory
+        vars(layers[0]).update(whole)
+    return first
+
+
+def keep(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
+    """Leave only some rows of a cache, and of padding only what the longest of them needs.
+
+    Args:
+        cache: [B, ...], changed in place.
+        rows: that stay, in their new order.
+        columns: of the longest of them.
+    """
+    index = torch.tensor(rows)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name == LENGTH:
+                setattr(layer, name, columns)
+            elif name in COLUMNS and _filled(value):
+                dim = COLUMNS[name]
+                count = min(value.shape[dim], columns)
+                setattr(layer, name, value[index].narrow(dim, value.shape[dim] - count, count).contiguous())
+            else:
+                setattr(layer, name, _changed(value, lambda x: x[index] if x.dim() else x))
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 0
+
+
+def _combine(name: str, values: list[Any], longest: dict[str, int]) -> Any:
+    first = values[0]
+    if name == LENGTH:
+        return max(values)
+    if isinstance(first, dict):
+        return {key: _combine(name, [x[key] for x in values], longest) for key in first}
+    if not _filled(first) or first.dim() == 0:
+        return first
+    if name in longest:
+        values = [_padded(x, COLUMNS[name], longest[name]) for x in values]
+    return torch.cat(values)
+
+
+def _padded(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    behind = x.dim() - 1 - dim % x.dim()
+    return pad(x, (*[0, 0] * behind, size - x.shape[dim], 0))
+
+
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {key: _changed(x, change) for key, x in value.items()}
+    return change(value) if _filled(value) else value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, dict):
+        for x in value.values():
+            yield from _tensors(x)
+    elif isinstance(value, list | tuple):
+        for x in value:
+            yield from _tensors(x)
+    elif isinstance(value, torch.Tensor):
+        yield value
