@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from moekit.checkpoint.reader import read_config
 from moekit.errors import CheckpointError
+from moekit.families.detect import TOWERS
 from moekit.families.stock import build, load_config
 from moekit.layout import Layout
 
@@ -25,7 +27,10 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) 
 
 def empty_cache(model: PreTrainedModel) -> DynamicCache:
     """A cache of keys and values (and whatever else the family's layers keep) with nothing in it."""
-    return DynamicCache(config=model.config.get_text_config())
+    config = model.config.get_text_config()
+    if config.model_type == "minimax":  # takes no other than its own
+        return MiniMaxCache()
+    return DynamicCache(config=config)
 
 
 def run_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,12 +60,12 @@ def experts_run_by(model: nn.Module, layout: Layout, implementation: str) -> dic
 
 
 def check_filled(model: nn.Module, layout: Layout) -> None:
-    """Refuse a model that lacks parameters other than the experts' own.
+    """Refuse a model that lacks parameters other than the experts' own and those of towers, which text never meets.
 
     Raises:
         CheckpointError: a parameter is empty.
     """
     experts = tuple(layer.experts_path + "." for layer in layout.routed)
     for key, tensor in model.named_parameters():
-        if tensor.is_meta and not key.startswith(experts):
+        if tensor.is_meta and not key.startswith(experts) and not TOWERS.search(key):
             raise CheckpointError("a parameter is missing", where=key, fix="pack the model again")

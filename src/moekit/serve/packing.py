@@ -43,6 +43,10 @@ def check_packable(model: Model, bits: int) -> None:
             got=f"{model.layout.family}: every expert runs on every token, so none can stay on disk",
             fix="run it in stock transformers",
         )
+    if not model.loader().model.can_generate():
+        raise ModelError(
+            "this model writes no text, so there is nothing to run", where=model.name, got=model.layout.architecture
+        )
     if bits not in BITS:
         raise OutputError("experts cannot be packed so", where="bits", expected=", ".join(map(str, BITS)), got=bits)
 
