@@ -382,7 +382,7 @@ class _InterruptError(Exception):
 
 
 def same_sums(a: Tensor, b: Tensor) -> bool:
-    """Equal; to the last bits on CPUs whose sums depend on where a matrix lies (MKL has a mode against it on Intel's)."""
+    """Equal; but for the last bits on CPUs whose sums depend on where a matrix lies (on Intel's, MKL can forbid it)."""
     return torch.equal(a, b) if INTEL else torch.allclose(a, b, rtol=0, atol=1e-6 * float(b.abs().max().clamp(1)))
 
 
