@@ -46,8 +46,9 @@ def blocks(page: Path, language: str) -> Iterator[str]:
 
 
 def options(verb: str) -> set[str]:
-    """Long names of a verb's options."""
-    found = {option for parameter in VERBS[verb].params for option in parameter.opts if option.startswith("--")}
+    """Long names of a verb's options, and of those of its own verbs."""
+    commands = [VERBS[verb], *getattr(VERBS[verb], "commands", {}).values()]
+    found = {option for x in commands for parameter in x.params for option in parameter.opts if option.startswith("--")}
     return found - {"--help"}
 
 

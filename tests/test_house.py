@@ -48,6 +48,7 @@ FLOORS = {
     "recording": 8,  # traces: measures as it writes
     "fitting": 8,  # passes over text that compute new weights
     "planning": 9,  # what to do for a budget of bytes
+    "steering": 9,  # find and test plans that steer
     "pipeline": 10,
     "__init__": 10,  # the Python face: may import anything itself, lazily; only the command line may import it
     "cli": 11,

@@ -148,6 +148,33 @@ class Dataset:
             origins[name] = {"source": source.spec, "documents": read.documents, "skipped": dict(source.skipped)}
         return cls(tuple(sources), batches, sequence_length, tokens, seed, origins)
 
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Mapping[str, Sequence[Sequence[int]]],
+        pad: int = 0,
+        *,
+        tokens_per_batch: int = 8_192,
+        origins: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Dataset:
+        """Token rows as they are, by domain, as batches; rows of one token, which predict nothing, are left out.
+
+        Args:
+            rows: token ids of each row, by domain.
+            pad: id of what fills batches up.
+            tokens_per_batch: positions (padding counted) of a batch, at least one row.
+            origins: where each domain came from.
+        """
+        batches: list[Batch] = []
+        longest = 2
+        for index, (name, of_domain) in enumerate(rows.items()):
+            kept = sorted((np.asarray(x, np.int32) for x in of_domain if len(x) > 1), key=len, reverse=True)
+            if not kept:
+                raise DataError(f"domain {name!r} has no text of two tokens", fix="give some, or longer ones")
+            batches += _batches(index, kept, pad, 1, tokens_per_batch)
+            longest = max(longest, len(kept[0]))
+        return cls(tuple(rows), batches, longest, origins=origins or {})
+
     def __len__(self) -> int:
         """Number of batches."""
         return len(self.batches)

@@ -106,6 +106,29 @@ def load_documents(spec: str | Path) -> Iterator[str | list[Message]]:
         yield "".join(text_pieces(content)) if isinstance(content, Path) else content
 
 
+def labelled(file: str | Path) -> dict[str, list[Document]]:
+    """Records of a JSON lines file by their "label", in the order in which labels appear.
+
+    Raises:
+        DataError: the file cannot be read, a record has no label, or no known form.
+    """
+    path, out = Path(file).expanduser(), dict[str, list[Document]]()
+    if not path.is_file():
+        raise _missing(path)
+    with _open(path) as stream:
+        for number, line in enumerate(iter(lambda: _guard(stream.readline, path), b""), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            record = _parsed(line, where)
+            label = record.get("label") if isinstance(record, dict) else None
+            if not isinstance(label, str | int):
+                expected = '{"text": "...", "label": "..."}'
+                raise DataError("record has no label", where=where, expected=expected, got=_shape(record))
+            out.setdefault(str(label), []).append(_document(record, where))
+    return out
+
+
 class Source:
     """The documents behind one spec; what can be checked without reading on is checked when it is made.
 

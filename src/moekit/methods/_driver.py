@@ -24,6 +24,7 @@ WHOLE = {
     "factor": "factors",
     "heal": "heals",
     "live": "skips",
+    "steer": "steers",
 }  # kinds of methods that leave every expert its place
 
 
@@ -64,6 +65,12 @@ def make_plan(
     method, rows, settings = check_options(name, ({"seed": seed} if "seed" in get(name).options else {}) | options)
     check_common(spread, protect)
     keep = check_keep(method, keep)
+    if method.kind == "steer":
+        raise RecipeError(
+            f"{name!r} tells two kinds of text apart",
+            where="method",
+            fix="use moekit steer find or moekit.steering.find",
+        )
     if method.kind == "replace":
         raise PlanError(
             f"a plan of {name!r} carries vectors, which need a folder to lie in",

@@ -41,6 +41,10 @@ METHODS = {
     "router-lstsq": "moekit.methods.heal.router_lstsq:sums",
     "router-distill": "moekit.methods.heal.router_distill:tuning",
     "reconstruct": "moekit.methods.heal.reconstruct:tuning",
+    "mote": "moekit.methods.steer.mote:find",
+    "steermoe": "moekit.methods.steer.steermoe:find",
+    "rice": "moekit.methods.steer.rice:find",
+    "contrast": "moekit.methods.steer.contrast:find",
 }
 
 
@@ -50,7 +54,7 @@ class Method:
 
     Attributes:
         name: as in the registry.
-        kind: what it does, and the folder that it lives in: "prune", "merge", "factor", "quantize" or "heal".
+        kind: what it does, and the folder that it lives in: "prune", "merge", "factor", "quantize", "heal", "steer" ...
         needs: names of `moekit.stats.FIELDS` that it reads.
         summary: one line for lists.
         paper: title and arXiv id; empty for baselines without one.

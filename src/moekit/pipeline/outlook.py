@@ -58,7 +58,9 @@ def check_steps(steps: Sequence[Step]) -> None:
                     f"{step.method!r} acts on a running model and writes none",
                     where="method",
                     expected="a method that prunes, merges, replaces, factors, quantises or heals",
-                    fix="make its plan from Python (moekit.plan) and apply it live",
+                    fix="make its plan with moekit steer find"
+                    if method.kind == "steer"
+                    else "make its plan from Python (moekit.plan) and apply it live",
                 )
             if quantised and method.kind != "heal":
                 before = steps[quantised - 1].method

@@ -9,13 +9,14 @@ router cannot do (more forced experts than it chooses, too few left).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moekit.errors import DataError, PlanError, RecipeError, did_you_mean
 from moekit.layout import Layout
-from moekit.methods._registry import get, names
+from moekit.methods._registry import Method, get, names
 from moekit.methods.super_experts import super_experts
 from moekit.plans import Plan, Scope, Steer, check_steering
 from moekit.stats import Stats
@@ -56,15 +57,7 @@ def make_steering(
         PlanError: statistics of another model, or no expert that can be changed.
         DataError: a kind without text, or the same twice; a quantity that was not measured.
     """
-    method = get(name)
-    if method.kind != "steer":
-        raise RecipeError(f"{name!r} does not steer", where="method", fix=did_you_mean(name, names("steer")))
-    settings = method.settings(options)
-    for what, given, choices in (("mode", mode, MODES), ("protect", protect, ("super", "none"))):
-        if given not in choices:
-            raise RecipeError(f"there is no {what} {given!r}", where=what, fix=did_you_mean(given, choices))
-    if top < 1:
-        raise RecipeError("at least one expert must be changed", where="top", got=top)
+    method, settings = check_request(name, top, mode, protect, options)
     if stats.layout_hash != layout.hash:
         raise PlanError(
             "the statistics are of another model", expected=layout.hash, got=stats.layout_hash, fix="measure this model"
@@ -117,6 +110,26 @@ def make_steering(
         notes=notes,
         measured={"score": scores},
     )
+
+
+def check_request(
+    name: str, top: int, mode: str, protect: str, options: Mapping[str, Any]
+) -> tuple[Method, dict[str, Any]]:
+    """The method and all its options, before anything is measured; arguments as for `make_steering`.
+
+    Raises:
+        RecipeError: no such method, mode or option, or no expert to change.
+    """
+    method = get(name)
+    if method.kind != "steer":
+        raise RecipeError(f"{name!r} does not steer", where="method", fix=did_you_mean(name, names("steer")))
+    settings = method.settings(options)
+    for what, given, choices in (("mode", mode, MODES), ("protect", protect, ("super", "none"))):
+        if given not in choices:
+            raise RecipeError(f"there is no {what} {given!r}", where=what, fix=did_you_mean(given, choices))
+    if top < 1:
+        raise RecipeError("at least one expert must be changed", where="top", got=top)
+    return method, settings
 
 
 def _check_kinds(stats: Stats, a: str, b: str) -> None:
