@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
 from moekit.families.edits import RouterEdit, Where, run_router
-from moekit.families.family import Change, family_of
+from moekit.families.family import Change, Reroute, family_of
 from moekit.families.seam import Call, Observer
 from moekit.families.tokens import EVERYWHERE, Clock, Reach, Tokens
 from moekit.layout import ExpertId, Layout, MoELayer
@@ -141,6 +141,23 @@ class MoEView:
                 amounts_W = torch.zeros(layer.router_width)
                 amounts_W[list(by_expert)] = torch.tensor(list(by_expert.values()), dtype=torch.float32)
                 stack.enter_context(self._edited(layer, RouterEdit(action, amounts_W, where)))
+            yield
+
+    @contextmanager
+    def rewrite(self, changes: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """Let functions rewrite routers' raw logits before the family's own code chooses; gradients pass through.
+
+        Args:
+            changes: by decoder layer index, a function of logits [T, W] (W: rows of the router, E or more) that returns
+                others of the same shape and dtype.
+
+        Raises:
+            PlanError: a layer that does not exist.
+        """
+        with ExitStack() as stack:
+            for index, change in changes.items():
+                edit = RouterEdit("rewrite", torch.empty(0), rewrite=change)
+                stack.enter_context(self._edited(self._check_experts(index, [0]), edit))
             yield
 
     @contextmanager
@@ -273,6 +290,26 @@ class MoEView:
         with ExitStack() as stack:
             for index, change in changes.items():
                 stack.enter_context(self.family.adapt_experts(self, self._check_experts(index, [0]), change))
+            yield
+
+    @contextmanager
+    def reroute(self, changes: Mapping[int, Reroute]) -> Iterator[None]:
+        """Change which experts run and what they weigh, token by token, after the router has decided.
+
+        An observer entered afterwards sees what runs.
+
+        Args:
+            changes: by decoder layer index, a function of the call, its logits known, that returns new ids_TK (E for a
+                slot that stays empty) and weights_TK.
+
+        Raises:
+            PlanError: a layer that does not exist.
+        """
+        with ExitStack() as stack:
+            for index, change in changes.items():
+                layer = self._check_experts(index, [0])
+                stack.enter_context(self._tapped(layer))
+                stack.enter_context(self.family.reroute_experts(self, layer, change))
             yield
 
     @property

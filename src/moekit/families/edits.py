@@ -9,6 +9,7 @@ edit's reach is routed as if there were none, even where a correction bias, whic
     force   logit: above every other of the token; correction bias: above every other; a table gives it a place. Where
             groups are chosen by their two best scores and no correction bias helps, its score is twice the best one's
     bias    logit: plus an amount. The correction bias, which is no logit, stays
+    rewrite logits: what a function makes of them, before everything else. Correction biases stay
 
 Symbols: T tokens, W rows of the router (E experts, or more), E experts.
 """
@@ -37,14 +38,16 @@ class RouterEdit:
     """One edit of one layer's router.
 
     Attributes:
-        action: "ban", "force" or "bias".
-        amounts: what is added for "bias", float32; for the others, not zero where an expert is banned or forced.
+        action: "ban", "force", "bias" or "rewrite".
+        amounts: what is added for "bias", float32; not zero where an expert is banned or forced; not used to rewrite.
         where: the tokens that it is for.
+        rewrite: raw logits [T, W] to others of the same shape and dtype.
     """
 
-    action: Literal["ban", "force", "bias"]
+    action: Literal["ban", "force", "bias", "rewrite"]
     amounts: torch.Tensor
     where: Where = None
+    rewrite: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def of_kind(edits: Sequence[RouterEdit], action: str) -> torch.Tensor | None:
@@ -54,8 +57,11 @@ def of_kind(edits: Sequence[RouterEdit], action: str) -> torch.Tensor | None:
 
 
 def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit], lead: float = 0.0) -> torch.Tensor:
-    """Raw logits after all edits: biases, then forced experts above all others by more than `lead`, then bans."""
+    """Raw logits after all edits: what rewrites them, biases, forced experts above the rest by over `lead`, bans."""
     out = logits_TW
+    for edit in edits:
+        if edit.rewrite is not None:
+            out = edit.rewrite(out.reshape(-1, out.shape[-1])).view_as(out)
     for edit in edits:
         if edit.action == "bias":
             out = out + edit.amounts.to(out.device, out.dtype)
@@ -158,7 +164,7 @@ def _once(
     lead = math.log(2) if layer.router.groups > 1 and not layer.correction_biases else 0.0
     tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits, lead=lead) if edits else None)
     with ExitStack() as stack:
-        if any(edit.action != "bias" for edit in edits):
+        if any(edit.action in ("ban", "force") for edit in edits):
             for keys, change in ((layer.correction_biases, edited_bias), (layer.tables, edited_table)):
                 for key in keys:
                     path, _, name = key.rpartition(".")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # What `Family.adapt_experts` asks: (hidden_TD, ids_TK, weights_TK) -> new weights_TK.
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# What `Family.reroute_experts` asks: a call, whose logits are known where the router is tapped -> (ids_TK, weights_TK).
+Reroute = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
 
 
 class View(Protocol):
@@ -227,11 +229,27 @@ class Family:
             change: (hidden_TD, ids_TK, weights_TK) to new weights_TK.
         """
 
+        def rerouted(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+            new = change(call.hidden, call.ids, call.weights)
+            return call.ids.masked_fill((new == 0) & (call.weights != 0), layer.num_experts), new
+
+        with self.reroute_experts(view, layer, rerouted):
+            yield
+
+    @contextmanager
+    def reroute_experts(self, view: View, layer: MoELayer, change: Reroute) -> Iterator[None]:
+        """Change which of one layer's experts run, and what they weigh; a slot with id E stays empty.
+
+        Args:
+            view: of the model.
+            layer: the layer.
+            change: what the router decided to new ids_TK and weights_TK, of the same shapes and dtypes.
+        """
+
         def before(_module: nn.Module, args: tuple) -> tuple:
             hidden, ids, weights = args[:3]
-            new = change(hidden, ids, weights)
-            empty = (new == 0) & (weights != 0)
-            return (hidden, ids.masked_fill(empty, layer.num_experts), new, *args[3:])
+            decided = view.call(layer, hidden, self.chosen(layer, ids, weights), weights, False)
+            return (hidden, *change(decided), *args[3:])
 
         experts = view.experts(layer.index)
         old = experts.config._experts_implementation

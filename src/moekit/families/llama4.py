@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moekit.families.edits import Where
-from moekit.families.family import Change, ExpertForm, Family, View
+from moekit.families.family import ExpertForm, Family, Reroute, View
 from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
 
@@ -120,14 +120,16 @@ class Llama4(Family):
         return undo
 
     @contextmanager
-    def adapt_experts(self, view: View, layer: MoELayer, change: Change) -> Iterator[None]:
+    def reroute_experts(self, view: View, layer: MoELayer, change: Reroute) -> Iterator[None]:
         """Change the router's scores. Nothing is saved: the stock code runs every expert on every token."""
 
         def routed(_module: nn.Module, args: tuple, outputs: tuple) -> tuple:
             scores_TE, *rest = outputs
             weights, ids = self.routing(outputs)
-            new = change(args[0].reshape(len(scores_TE), -1), ids, weights)
-            return (torch.zeros_like(scores_TE).scatter_(1, ids, new.to(scores_TE.dtype)), *rest)
+            hidden_TD = args[0].reshape(len(scores_TE), -1)
+            ids, weights = change(view.call(layer, hidden_TD, ids, weights, False))
+            wide = torch.nn.functional.pad(torch.zeros_like(scores_TE), (0, 1))  # the last: slots that stay empty
+            return (wide.scatter_(1, ids, weights.to(wide.dtype))[:, :-1], *rest)
 
         handle = view.router(layer.index).register_forward_hook(routed)
         try:
