@@ -220,6 +220,23 @@ def test_errors_are_those_of_the_block_with_one_expert_changed(family, tmp_path)
         assert said == pytest.approx(float((after - before).norm()), rel=1e-3, abs=1e-4)
 
 
+def test_bits_are_those_of_the_least_error_unless_the_published_exponents_are_asked_for(tmp_path):
+    model = moekit.open(zoo.save("qwen3_moe", tmp_path / "model"))
+    lost = []
+    for number, exponents in enumerate(({}, {"alpha": 1.0, "beta": 1.5})):
+        options = {"group_size": 8, "rounding": "nearest", **exponents}
+        plan = decide("mc-moe", fit_of(model, tmp_path / str(number)), options=options)
+        errors = plan.measured["expert_errors"]
+        lost.append(
+            sum(
+                errors[str(i)][e][(1, 2, 3).index(b)] ** 2
+                for i, op in plan.quantised().items()
+                for e, b in enumerate(op.bits)
+            )
+        )
+    assert lost[0] < lost[1]
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "gpt_oss", "llama4_text", "nemotron_h", "deepseek_v3"])
 def test_what_is_fitted_is_written_as_it_is_live(family, tmp_path):
     model = moekit.open(zoo.save(family, tmp_path / "model"))

@@ -12,9 +12,11 @@ T_i      tokens routed to it, g_i(t) their gate weights, f_i its output and f_i^
 The integer program is solved exactly, for each layer by itself (`scope: layer`, as published) or for the whole model
 (`scope: model`): what experts of different layers add to the residual stream ends in one sum.
 
-Paper: W. Huang et al., "Mixture Compressor for Mixture-of-Experts LLMs Gains More", arXiv 2410.06270. Deviations: eps
-is one norm over all calibration tokens, not a sum of norms by batch; alpha, beta and gamma are exponents of what the
-paper says they are (its code exchanges two); attention stays as it is unless `attention_bits` says otherwise.
+Paper: W. Huang et al., "Mixture Compressor for Mixture-of-Experts LLMs Gains More", arXiv 2410.06270. Deviations: alpha
+and beta are 0, not 1 and 1.5: phi and w are in eps already, through the tokens that count and their weights, and
+counting them twice loses more on refmoe (docs/methods/mc-moe.md); eps is one norm over all
+calibration tokens, not a sum of norms by batch; alpha, beta and gamma are exponents of what the paper says they are
+(its code exchanges two); attention stays as it is unless `attention_bits` says otherwise.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def way(
     bits: float = 2.5,
     widths: str = "1,2,3",
     scope: Literal["layer", "model"] = "layer",
-    alpha: float = 1.0,
-    beta: float = 1.5,
+    alpha: float = 0.0,
+    beta: float = 0.0,
     gamma: float = 2.0,
     published: bool = False,
     rounding: Literal["gptq", "nearest"] = "gptq",
