@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from moekit.families.attention import eager_attention, watch_attention
+from moekit.families.family import Change
 from moekit.families.seam import rescaled
 from moekit.layout import MoELayer
 from moekit.plans import Odp
@@ -26,8 +27,8 @@ from moekit.view import MoEView
 
 
 @contextmanager
-def pruning(view: MoEView, ops: Mapping[int, Odp]) -> Iterator[None]:
-    """Leave out, token by token, experts that weigh little.
+def changes(view: MoEView, ops: Mapping[int, Odp]) -> Iterator[dict[int, Change]]:
+    """What makes the weights of each layer's experts new, for as long as the context lasts; nothing calls it yet.
 
     Args:
         view: of the model.
@@ -40,7 +41,13 @@ def pruning(view: MoEView, ops: Mapping[int, Odp]) -> Iterator[None]:
             stack.enter_context(eager_attention(view.model))
         for pruner in pruners.values():
             stack.enter_context(pruner.watching())
-        stack.enter_context(view.adapt({index: x.weights for index, x in pruners.items()}))
+        yield {index: x.weights for index, x in pruners.items()}
+
+
+@contextmanager
+def pruning(view: MoEView, ops: Mapping[int, Odp]) -> Iterator[None]:
+    """Leave out, token by token, experts that weigh little: `changes` applied."""
+    with changes(view, ops) as found, view.adapt(found):
         yield
 
 

@@ -73,6 +73,10 @@ class ExpertCache:
         """How many experts fit."""
         return len(self._slots)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert of a decoder layer is in memory."""
+        return (self._number[layer], expert) in self._resident
+
     def run(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Give each of a layer's experts once, those in memory first, the others as they arrive.
 

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moekit.families.family import Family
 from moekit.serve.cache import ExpertCache
 from moekit.serve.forms import product
+from moekit.serve.lossy import Losses
 
 IMPLEMENTATION = "moekit_stored"
 
@@ -34,6 +35,9 @@ def stored_experts(
         The weighted sum of the outputs [T, D], in the dtype of `hidden_TD`.
     """
     cache: ExpertCache = experts._moekit_cache
+    losses: Losses | None = vars(experts).get("_moekit_losses")
+    if losses is not None:
+        ids_TK, weights_TK = losses.change(experts._moekit_layer, cache, hidden_TD, ids_TK, weights_TK)
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     outputs = experts.down_proj.shape[2 if experts.is_transposed else 1]
     up_rows = getattr(experts, up_name).shape[2 if experts.is_transposed else 1]
