@@ -27,7 +27,7 @@ from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
 from moekit.families.resident import check_filled, empty_cache, experts_run_by, put, skeleton
 from moekit.recipe import format_bytes, parse_bytes
-from moekit.serve.cache import ExpertCache, slot_bytes, slots_in
+from moekit.serve.cache import Counts, ExpertCache, slot_bytes, slots_in
 from moekit.serve.experts import IMPLEMENTATION
 from moekit.serve.policies import Policy, Sizes, policy_named
 from moekit.serve.sampling import Sampling, choose
@@ -257,6 +257,11 @@ class Engine:
         """Tokens that end a text."""
         found = self.model.generation_config.eos_token_id
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+    def forget(self) -> None:
+        """Begin telemetry and the cache's counts anew; what is in memory stays."""
+        self.timing, self.telemetry = Timing(), Telemetry()
+        self.cache.counts = Counts([0] * len(self._experts), [0] * len(self._experts))
 
     def close(self) -> None:
         """End the readers and close the files."""
