@@ -6,7 +6,7 @@ An exception is one small file in this package with a subclass of `Family` and o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # What `Family.reroute_experts` asks: a call, whose logits are known where the router is tapped -> (ids_TK, weights_TK).
 Reroute = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
+
+# What `Family.from_elsewhere` asks: experts -> each with a function (rows, name of a weight) -> their product.
+Products = Callable[[Sequence[int]], Iterator[tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]]]
 
 
 class View(Protocol):
@@ -141,6 +144,16 @@ class Family:
         """What an expert makes of inputs [N, D], unweighted: [N, D]."""
         ids_N1 = torch.full((len(hidden_ND), 1), expert, device=hidden_ND.device)
         return experts.forward(hidden_ND, ids_N1, torch.ones_like(hidden_ND[:, :1]))
+
+    def from_elsewhere(self, experts: nn.Module, hidden: torch.Tensor, products: Products) -> torch.Tensor:
+        """The forward of an experts module whose weights are not in it; only where it is not `by_contract`.
+
+        Args:
+            experts: the module.
+            hidden: what it is given.
+            products: gives the experts that are asked for, in any order.
+        """
+        raise NotImplementedError("experts by contract are run by the registered function")
 
     @contextmanager
     def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:

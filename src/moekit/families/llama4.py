@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moekit.families.edits import Where
-from moekit.families.family import ExpertForm, Family, Reroute, View
+from moekit.families.family import ExpertForm, Family, Products, Reroute, View
 from moekit.families.seam import Call, ExpertRows, Observer, rescaled
 from moekit.layout import MoELayer
 
@@ -54,6 +54,16 @@ class Llama4(Family):
     def output(self, experts: nn.Module, expert: int, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Of one expert: running the module would run all."""
         return self.inner(experts, expert, hidden_ND) @ experts.down_proj[expert]
+
+    def from_elsewhere(self, experts: nn.Module, hidden: torch.Tensor, products: Products) -> torch.Tensor:
+        """The experts' forward, of the rows that are not zero: the others' outputs are zero, without biases."""
+        hidden_ETD = hidden.view(experts.num_experts, -1, hidden.shape[-1])
+        out_ETD, used_ET = torch.zeros_like(hidden_ETD), (hidden_ETD != 0).any(-1)
+        for expert, multiply in products(used_ET.any(1).nonzero()[:, 0].tolist()):
+            rows_T = used_ET[expert]
+            gate, up = multiply(hidden_ETD[expert, rows_T], "gate_up_proj").chunk(2, dim=-1)
+            out_ETD[expert, rows_T] = multiply(up * experts.act_fn(gate), "down_proj")
+        return out_ETD.view_as(hidden)
 
     @contextmanager
     def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:

@@ -25,14 +25,16 @@ from moekit.errors import DataError, RecipeError
 from moekit.families.caches import cache_bytes
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
-from moekit.families.resident import check_filled, empty_cache, experts_run_by, put, skeleton
+from moekit.families.resident import check_filled, empty_cache, put, skeleton
 from moekit.recipe import format_bytes, parse_bytes
 from moekit.serve.cache import Counts, ExpertCache, slot_bytes, slots_in
-from moekit.serve.experts import IMPLEMENTATION
+from moekit.serve.experts import run_from_store
+from moekit.serve.lossy import Losses, Lossy
 from moekit.serve.policies import Policy, Sizes, policy_named
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import ExpertStore
 from moekit.serve.telemetry import Telemetry
+from moekit.view import MoEView
 
 CHUNK_TOKENS = 256  # of a prompt that run together; each expert is read once a chunk
 SLACK_BYTES = 48 << 20  # what allocators hold beyond what is in use
@@ -85,6 +87,7 @@ class Engine:
         verify: compare each record's checksum when it is read.
         texts: that are kept at once, at most.
         kept_tokens: whose keys and values are kept at once, of all texts together; None: of one longest context.
+        lossy: what may be left out to read less (`moekit.serve.lossy`); None: nothing.
 
     Raises:
         CheckpointError: the store is damaged.
@@ -101,6 +104,7 @@ class Engine:
         verify: bool = True,
         texts: int = 1,
         kept_tokens: int | None = None,
+        lossy: Lossy | None = None,
     ):
         self.store = store if isinstance(store, ExpertStore) else ExpertStore(store)
         self.layout, self.context = self.store.layout, context
@@ -111,7 +115,7 @@ class Engine:
         self.model.tie_weights()
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
-        self._experts = experts_run_by(self.model, self.layout, IMPLEMENTATION)
+        self._experts = run_from_store(self.model, self.layout, self._family)
         self.timing, self.telemetry = Timing(), Telemetry()
         budget = None if memory is None else parse_bytes(memory)
         self.cache = self._cache(slot_bytes(self.store) * 8, "lru", verify)
@@ -119,6 +123,9 @@ class Engine:
         self.cache.close()
         self.memory = self._divide(budget, per_token * self.kept_tokens + per_text * texts, work)
         self.cache = self._cache(self.memory.experts, policy, verify)
+        self.losses = None if lossy is None else Losses(lossy, MoEView(self.model, self.layout))
+        for experts in self._experts.values():
+            experts._moekit_losses = self.losses
 
     def sizes(self, slots: int) -> Sizes:
         """What a policy needs to know."""
@@ -265,6 +272,8 @@ class Engine:
 
     def close(self) -> None:
         """End the readers and close the files."""
+        if self.losses is not None:
+            self.losses.close()
         self.cache.close()
         self.store.close()
 

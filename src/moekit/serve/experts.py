@@ -8,11 +8,16 @@ Symbols: T tokens, K chosen, E experts, D hidden, N rows of one expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moekit.families.family import Family
+from moekit.families.resident import experts_run_by
+from moekit.layout import Layout
 from moekit.serve.cache import ExpertCache
 from moekit.serve.forms import product
 from moekit.serve.lossy import Losses
@@ -67,6 +72,27 @@ def stored_experts(
         rows = slice(starts[expert], starts[expert] + counts[expert])
         total.index_add_(0, all_tokens[rows], made[expert].to(total.dtype))
     return total.to(hidden_TD.dtype)
+
+
+def run_from_store(model: nn.Module, layout: Layout, family: Family) -> dict[int, nn.Module]:
+    """Let every routed experts module of a model take its weights from its `_moekit_cache`, by decoder layer index."""
+    if family.by_contract:
+        return experts_run_by(model, layout, IMPLEMENTATION)
+    found = {layer.index: model.get_submodule(layer.experts_path) for layer in layout.routed}
+    for experts in found.values():
+        experts.forward = partial(family.from_elsewhere, experts, products=partial(_products, experts))
+    return found
+
+
+def _products(
+    experts: nn.Module, needed: Sequence[int]
+) -> Iterator[tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]]:
+    for expert, tensors in experts._moekit_cache.run(experts._moekit_layer, needed):
+
+        def multiply(x_NI: torch.Tensor, name: str, held: dict[str, torch.Tensor] = tensors) -> torch.Tensor:
+            return product(x_NI, held, name, name + "_bias", True, getattr(experts, name).shape[2])
+
+        yield expert, multiply
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, stored_experts)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from moekit.apply.dynamic import changes
-from moekit.errors import PlanError, RecipeError, did_you_mean
+from moekit.errors import ModelError, PlanError, RecipeError, did_you_mean
 from moekit.families.rows import router_rows
 from moekit.families.seam import rescaled
 from moekit.plans import Plan
@@ -118,10 +118,13 @@ class Losses:
 
     Raises:
         PlanError: a plan for another model, or without Odp ops.
-        ModelError: substitution in a family whose router has not one row for each expert.
+        ModelError: a family whose experts do not follow the contract of transformers 5; substitution where a router has
+            not one row for each expert.
     """
 
     def __init__(self, settings: Lossy, view: MoEView):
+        if not view.family.by_contract:
+            raise ModelError("lossy settings are not made for this family", got=view.layout.family)
         self.settings, self.lost = settings, Lost()
         self._layers = view.layout.by_index
         self._stack = ExitStack()

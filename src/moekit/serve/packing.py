@@ -32,17 +32,10 @@ def check_packable(model: Model, bits: int) -> None:
     """Refuse what the run time could not run, before anything is read.
 
     Raises:
-        ModelError: a family that moekit does not run, or whose experts do not follow the contract of transformers 5.
+        ModelError: a family that moekit does not run, or a model that writes no text.
         OutputError: bits that records cannot have.
     """
     model.understanding.family.check_runs()
-    if not model.understanding.family.by_contract:
-        raise ModelError(
-            "models of this family cannot be run from a store",
-            where=model.name,
-            got=f"{model.layout.family}: every expert runs on every token, so none can stay on disk",
-            fix="run it in stock transformers",
-        )
     if not model.loader().model.can_generate():
         raise ModelError(
             "this model writes no text, so there is nothing to run", where=model.name, got=model.layout.architecture
