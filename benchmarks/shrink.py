@@ -139,7 +139,8 @@ def rounded_alike(lab: Lab, wanted: Sequence[float]) -> Iterator[tuple[float, En
     for bits in wanted:
         ops = ways[int(bits)]
         if bits == 2.5:
-            ops = [op.model_copy(update={"bits": tuple(3 - e % 2 for e in range(lab.experts))}) for op in ops]
+            each = {"bits": tuple(3 - e % 2 for e in range(lab.experts)), "format": "moekit"}
+            ops = [op.model_copy(update=each) for op in ops]
         plan = Plan(layout_hash=lab.layout.hash, ops=[*ops])
         yield (
             bits,
