@@ -27,12 +27,14 @@ class Counts:
         misses: experts read, by MoE layer.
         read_bytes: from the disk.
         stall_s: time that the computation waited for reads.
+        read_s: time that readers were busy, several at once.
     """
 
     hits: list[int] = field(default_factory=list)
     misses: list[int] = field(default_factory=list)
     read_bytes: int = 0
     stall_s: float = 0.0
+    read_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -165,10 +167,12 @@ class ExpertCache:
         return self._resident.pop(candidates[0]), True
 
     def _read(self, layer: int, expert: int, slot: int) -> None:
+        started = time.perf_counter()
         form = self.store.read(layer, expert, self._slots[slot])
         if self.verify:
             self.store.check(layer, expert, self._slots[slot])
         self.counts.read_bytes += form.record_bytes
+        self.counts.read_s += time.perf_counter() - started
 
     def _views(self, layer: int, expert: int, slot: int) -> dict[str, torch.Tensor]:
         return self.store.layers[layer].of(expert).views(self._slots[slot])
