@@ -47,6 +47,7 @@ FLOORS = {
     "serve": 7,
     "recording": 8,  # traces: measures as it writes
     "fitting": 8,  # passes over text that compute new weights
+    "decoding": 8,  # texts written by several passes, or several models, together
     "planning": 9,  # what to do for a budget of bytes
     "steering": 9,  # find and test plans that steer
     "pipeline": 10,

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -198,11 +199,13 @@ class MoEView:
             yield None
             return
         clock = Clock()
+        last: tuple[Tokens, torch.Tensor] | None = None  # all layers of a forward ask for the same
 
         def tick(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._running.seen = clock.tick(args, kwargs)
 
         def where(count: int) -> torch.Tensor:
+            nonlocal last
             tokens = getattr(self._running, "given", None) or getattr(self._running, "seen", None)
             if tokens is None or len(tokens.positions) != count:
                 raise ModelError(
@@ -210,7 +213,10 @@ class MoEView:
                     got=f"{count} tokens",
                     fix="call the model with input_ids, or say what runs with MoEView.at",
                 )
-            return reach.mask(tokens)
+            known = last
+            if known is None or known[0] is not tokens:
+                last = known = tokens, reach.mask(tokens)
+            return known[1]
 
         handle = self.model.register_forward_pre_hook(tick, with_kwargs=True)
         try:
@@ -293,7 +299,7 @@ class MoEView:
             yield
 
     @contextmanager
-    def reroute(self, changes: Mapping[int, Reroute]) -> Iterator[None]:
+    def reroute(self, changes: Mapping[int, Reroute], reach: Reach = EVERYWHERE) -> Iterator[None]:
         """Change which experts run and what they weigh, token by token, after the router has decided.
 
         An observer entered afterwards sees what runs.
@@ -301,15 +307,25 @@ class MoEView:
         Args:
             changes: by decoder layer index, a function of the call, its logits known, that returns new ids_TK (E for a
                 slot that stays empty) and weights_TK.
+            reach: the tokens that it is for.
 
         Raises:
             PlanError: a layer that does not exist.
         """
+
+        def within(change: Reroute, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, weights = change(call)
+            if where is None:
+                return ids, weights
+            mask_T1 = where(len(ids)).to(ids.device)[:, None]
+            return ids.where(mask_T1, call.ids), weights.where(mask_T1, call.weights)
+
         with ExitStack() as stack:
+            where = stack.enter_context(self._reached(reach))
             for index, change in changes.items():
                 layer = self._check_experts(index, [0])
                 stack.enter_context(self._tapped(layer))
-                stack.enter_context(self.family.reroute_experts(self, layer, change))
+                stack.enter_context(self.family.reroute_experts(self, layer, partial(within, change)))
             yield
 
     @property
