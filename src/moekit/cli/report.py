@@ -16,6 +16,10 @@ EVALUATION = typer.Option(None, help="What `moekit eval --out` wrote: divergence
 ABLATION = typer.Option(None, help="What `moekit ablate --out` wrote: the loss without experts.")
 UNLEARNING = typer.Option(None, help="Scores of an unlearning run (see the verb's page for the format).")
 
+STEERING = typer.Option(
+    None, help="What `moekit steer test --out` wrote: a plan that was tested."
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -30,11 +34,12 @@ def report(
     evaluation: Path | None = EVALUATION,
     ablation: Path | None = ABLATION,
     unlearning: Path | None = UNLEARNING,
+    steering: Path | None = STEERING,
 ) -> None:
     """Make a web page of what experts do: one file that works offline, prints, and can be sent to others."""
     from moekit.report import write
 
-    page, numbers = write(payload(trace, against, plan, evaluation, ablation, unlearning), out)
+    page, numbers = write(payload(trace, against, plan, evaluation, ablation, unlearning, steering), out)
     for file, what in ((page, "open it in a browser"), (numbers, "every number of the page")):
         console().print(f"{file}  {format_bytes(file.stat().st_size)}  ({what})")
 
@@ -46,6 +51,7 @@ def payload(
     evaluation: Path | None,
     ablation: Path | None,
     unlearning: Path | None,
+    steering: Path | None = None,
 ) -> dict[str, Any]:
     """What the options name, gathered for the page.
 
@@ -63,4 +69,5 @@ def payload(
         evaluation=read_json(evaluation) if evaluation else None,
         ablation=read_json(ablation) if ablation else None,
         unlearning=read_json(unlearning) if unlearning else None,
+        steering=read_json(steering) if steering else None,
     )

@@ -103,6 +103,164 @@ def find(
     console().print("\n".join([*plan.notes, f"{out}: test it with moekit steer test {out} {model}"]))
 
 
+@verbs.command("test")
+def examine(
+    plan: Path = typer.Argument(help="A plan of `moekit steer find`."),
+    model: str = MODEL,
+    target: list[str] = typer.Option(..., help="Held-out text that the plan is about, NAME=PATH; several."),
+    elsewhere: list[str] = typer.Option(..., help="Text that it should leave alone, NAME=PATH; several."),
+    counts: str = typer.Option("1,2,5", help="Also try so many of the plan's experts, the most telling first."),
+    strengths: str = typer.Option("", help="Also try the plan at these strengths (bias, scale), as 0.25,0.5,2."),
+    controls: int = typer.Option(3, min=0, help="Draws of random and of frequency-matched experts, for each dose."),
+    prompts: Path | None = typer.Option(None, help="Prompts to answer, a line each, with --match."),
+    match: str | None = typer.Option(None, help="A regular expression: the share of answers in which it is found."),
+    max_tokens: int = typer.Option(64, min=1, help="Of an answer, at most."),
+    prompt_tokens: int | None = typer.Option(
+        None, min=0, help="Tokens at each text's start that count as prompt; the rest as generated.  [default: all]"
+    ),
+    chat: bool = CHAT,
+    lines: bool = LINES,
+    tokens: int = typer.Option(4_096, min=2, help="Of each domain, at most."),
+    sequence_length: int = typer.Option(128, min=2, help="Tokens of a text; intervals are over texts."),
+    seed: int = typer.Option(0, help="Of the controls."),
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = typer.Option("auto", help="To run in."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    out: Path | None = typer.Option(None, help="Also write the numbers as JSON, for `moekit report --steering`."),
+    page: Path | None = typer.Option(None, help="Also write a web page of them."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
+    trust_remote_code: bool = TRUST,
+) -> None:
+    """Test a steering plan: side effects first, then the effect, beside random and frequency-matched experts.
+
+    Doses are the plan's first experts by score, and strengths of the plan as a whole. 95% intervals are over texts.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    import moekit
+    from moekit.data import parse_data
+    from moekit.errors import RecipeError
+    from moekit.plans import Plan
+    from moekit.steering import assess, load_texts
+    from moekit.steering.doses import check_doses, check_plan
+
+    for file in (out, page):
+        if file:
+            check_file(file)
+    if (prompts is None) != (match is None):
+        raise RecipeError("answers are counted with both", expected="--prompts FILE and --match PATTERN, or neither")
+    found = Plan.load(plan)
+    opened = moekit.open(model, trust_remote_code=trust_remote_code)
+    check_plan(found, opened.layout)
+    size = len(found.steers())
+    numbers = sorted({min(int(x), size) for x in parse_numbers("--counts", counts)})
+    doses = parse_numbers("--strengths", strengths)
+    check_doses(found, numbers, doses)
+    settings: dict[str, Any] = {"dtype": None if dtype == "auto" else getattr(torch, dtype), "device": device}
+    read: dict[str, Any] = {"chat": chat, "lines": lines, "tokens": tokens, "sequence_length": sequence_length}
+    texts = [load_texts(opened, parse_data(x), **read) for x in (target, elsewhere)]
+    with bars() as progress:
+        result = assess(
+            opened,
+            found,
+            *texts,
+            counts=numbers,
+            strengths=doses,
+            draws=controls,
+            seed=seed,
+            prompt=prompt_tokens,
+            progress=progress,
+            **settings,
+        )
+        if prompts is not None and match is not None:
+            from moekit.steering import answered
+
+            told = answered(
+                opened,
+                found,
+                prompts,
+                match,
+                draws=controls,
+                seed=seed,
+                chat=chat,
+                tokens=max_tokens,
+                **settings,
+                progress=progress,
+            )
+            result = replace(result, answers=told)
+    if out:
+        result.save(out)
+    if page is not None:
+        from moekit.report import steering_page, write
+
+        write(steering_page(result.to_dict()), page)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+        return
+    from moekit.cli.steer_screen import screen
+
+    for line in screen(result):
+        console().print(line)
+
+
+@verbs.command()
+def label(
+    model: str = MODEL,
+    prompts: Path = typer.Option(..., help="Prompts, a line each, or JSON lines."),
+    pattern: str = typer.Option(..., help="A regular expression: answers in which it is found get the first label."),
+    out: Path = typer.Option(..., help='JSON lines with "text", "answer" and "label", for `moekit steer find --data`.'),
+    names: str = typer.Option("match,other", help="The two labels."),
+    max_tokens: int = typer.Option(64, min=1, help="Of an answer, at most."),
+    chat: bool = CHAT,
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    trust_remote_code: bool = TRUST,
+) -> None:
+    """Let the model answer prompts and label each by what it said: the two kinds that `find --data` compares."""
+    import moekit
+    from moekit.errors import RecipeError
+    from moekit.steering import label_answers
+    from moekit.steering.answers import load_questions, pattern_labeller
+
+    check_file(out)
+    said = [x.strip() for x in names.split(",")]
+    if len(said) != 2 or not all(said) or said[0] == said[1]:
+        raise RecipeError("there are two labels", where=f"--names {names}", expected="as refused,answered")
+    labeller = pattern_labeller(pattern)
+    opened = moekit.open(model, trust_remote_code=trust_remote_code)
+    questions = load_questions(opened, prompts, chat)
+    with bars() as progress:
+        rows = label_answers(
+            opened,
+            questions,
+            lambda answer: said[labeller(answer) != "match"],
+            max_new_tokens=max_tokens,
+            device=device,
+            progress=progress,
+        )
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    partial.rename(out)
+    count = [sum(row["label"] == name for row in rows) for name in said]
+    console().print(f"{out}: {said[0]} {count[0]}, {said[1]} {count[1]}")
+    if not all(count):
+        console().print("all answers have one label: there is nothing to compare yet")
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """`1,2,5` as numbers.
+
+    Raises:
+        RecipeError: something else.
+    """
+    from moekit.errors import RecipeError
+
+    try:
+        return [float(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        raise RecipeError("these are no numbers", where=option, expected="as 1,2,5", got=text) from None
+
+
 def parse_option(text: str) -> tuple[str, Any]:
     """`beta=16` as a name and a value of JSON.
 

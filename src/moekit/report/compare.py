@@ -17,6 +17,7 @@ from moekit.errors import DataError
 from moekit.plans import Plan
 from moekit.report.pack import Packed
 from moekit.report.source import Source
+from moekit.report.steering import steering
 from moekit.report.words import Excerpts
 from moekit.trace import Trace, resample, tables
 from moekit.trace.overlap import common
@@ -243,6 +244,22 @@ def ablation(source: Source, result: Mapping[str, Any]) -> dict[str, Any]:
             "this is no ablation", expected="what moekit ablate --out writes", got=f"{type(error).__name__}: {error}"
         ) from None
     return {"rows": rows, "how": how}
+
+
+def steered(source: Source, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A steering plan that was tested, out of what `moekit steer test --out` wrote.
+
+    Raises:
+        DataError: it is something else, or of another model.
+    """
+    if result.get("fingerprint") != source.trace.fingerprint:
+        raise DataError(
+            "the steering plan was tested on another model",
+            expected=f"{source.trace.model}, fingerprint {source.trace.fingerprint}",
+            got=f"{result.get('model')}, fingerprint {result.get('fingerprint')}",
+            fix="test it on the model that was traced",
+        )
+    return steering(result, source.layers, source.experts)
 
 
 def _experts(source: Source) -> list[tuple[int, int, int]]:

@@ -32,6 +32,7 @@ def collect(
     evaluation: Mapping[str, Any] | None = None,
     ablation: Mapping[str, Any] | None = None,
     unlearning: Mapping[str, Any] | None = None,
+    steering: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that the report shows.
 
@@ -42,6 +43,7 @@ def collect(
         evaluation: what `moekit eval --out` wrote.
         ablation: what `moekit ablate --out` wrote.
         unlearning: see `moekit.report.compare.unlearning`.
+        steering: what `moekit steer test --out` wrote.
 
     Raises:
         DataError: a domain has no tokens, the traces do not belong together, or a file holds something else.
@@ -73,6 +75,7 @@ def collect(
         "cards": words.cards(source, strings),
         "ablation": ablation and compare.ablation(source, ablation),
         "against": compare.against(source, against, plan, evaluation, excerpts),
+        "steering": steering and compare.steered(source, steering),
         "unlearning": unlearning and compare.unlearning(unlearning),
     }
     payload |= {name: section for name, section in sections.items() if section}

@@ -25,6 +25,7 @@ SCRIPTS = (
     "views_usage.js",
     "views_structure.js",
     "views_experts.js",
+    "views_steering.js",
     "main.js",
 )
 

@@ -1,6 +1,6 @@
 // Puts the views on the page, in the order of `ORDER`, and keeps the theme.
 
-const ORDER = ["live", "usage", "specialisation", "text", "cards", "flow", "coactivation", "similarity", "balance", "confidence", "super", "ablation", "against", "unlearning"];
+const ORDER = ["live", "usage", "specialisation", "text", "cards", "flow", "coactivation", "similarity", "balance", "confidence", "super", "ablation", "steering", "against", "unlearning"];
 
 function theme(choice) {
   const dark = matchMedia("(prefers-color-scheme: dark)");
