@@ -41,8 +41,8 @@ def guided(
 ) -> torch.Tensor:
     """Contrastive expert guidance: z + strength (z_plus - z_minus).
 
-    Liu et al., "DExperts", 2021, equation 2. The experts may be other models, or the same model steered or behind another
-    prompt (a negative prompt for z_minus: Sanchez et al., "Stay on topic with Classifier-Free Guidance", 2023).
+    Liu et al., "DExperts", 2021, equation 2. The experts may be other models, or the same model steered or behind
+    another prompt (a negative prompt for z_minus: Sanchez et al., "Stay on topic with Classifier-Free Guidance", 2023).
 
     Args:
         logits_BV: of the model that writes.

@@ -1,4 +1,4 @@
-"""One generation loop for all decoding methods: several passes over several texts, each with keys and values of its own.
+"""One generation loop for all decoding methods: several passes over several texts, each with a cache of its own.
 
 A runner is a live model with branches: ways of reading the same text (as it is, weakened, steered, behind another
 prompt). All branches of all texts are rows of one batch, told apart by tags. A method says how the logits of all
