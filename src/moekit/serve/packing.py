@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -104,8 +105,6 @@ def _write(
     by_expert: Mapping[int, tuple[int, ...]],
     progress: Progress,
 ) -> None:
-    from safetensors.torch import save_file
-
     layout, loader = model.layout, model.loader()
     steps = [OUTER, *range(layout.num_layers)]
     for number, index in enumerate(steps):
@@ -124,7 +123,7 @@ def _write(
             done["layers"][str(index)] = to_row(stored)
             done["sizes"][experts_name(index)] = (partial / experts_name(index)).stat().st_size
             del experts
-        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, partial / rest_name(index))
+        _save(tensors, partial / rest_name(index))
         done["sizes"][rest_name(index)] = (partial / rest_name(index)).stat().st_size
         del tensors
         sync(partial / rest_name(index))
@@ -147,6 +146,16 @@ def _write(
     write_text(partial / MANIFEST, json.dumps(manifest))
     (partial / DONE).unlink()
     progress("pack", len(steps), len(steps))
+
+
+def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    import safetensors.torch
+
+    try:
+        safetensors.torch.save_file({name: x.contiguous().clone() for name, x in tensors.items()}, file)
+    except safetensors.SafetensorError as error:  # of whatever the system says
+        full = "code: 28" in str(error) or "StorageFull" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(file)) from None
 
 
 def _write_experts(

@@ -182,7 +182,7 @@ class ExpertStore:
         Args:
             layer: decoder layer index.
             expert: its number.
-            into: uint8, at least the record's bytes; past the page cache where it starts at a multiple of 4 KiB.
+            into: uint8, at least the record's bytes, that start at a multiple of 4 KiB.
 
         Returns:
             The record's form.
@@ -197,9 +197,9 @@ class ExpertStore:
         try:
             while done < form.record_bytes:
                 count = os.preadv(self._fd(stored.file), [view[done:]], offset + done)
-                if count == 0:
-                    break
                 done += count
+                if count == 0 or (self._direct and count % PAGE_BYTES):
+                    break  # the end of the file: a direct read goes on at whole pages only
         except OSError as error:
             raise CheckpointError(
                 "an expert cannot be read",

@@ -1,0 +1,88 @@
+"""The memory that is promised holds: in a memory cgroup with the page cache counted, and while packing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from memory import PEAK
+from moekit.families.model import Model
+from moekit.serve.packing import pack
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MARGIN_BYTES = 8 << 20  # what the kernel counts for the process beside its own memory: page tables, sockets, pipes
+CHANGES = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 64, "num_hidden_layers": 3}
+RUN = """
+import json, sys
+from moekit.serve.engine import Engine
+engine = Engine(sys.argv[1], memory=int(sys.argv[2]) or None, context=512)
+written = list(engine.stream([x % 150 + 3 for x in range(400)], 12))
+counts = engine.cache.counts
+print(json.dumps([written, engine.memory.budget, engine.memory.slots, counts.hit_rate]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """150 MB of experts."""
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    zoo.build("qwen3_moe", dtype=torch.bfloat16, **CHANGES).save_pretrained(folder)
+    return folder
+
+
+def child(code, *arguments, **kwargs):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_budget_holds_in_a_cgroup(model, tmp_path, monkeypatch):
+    """The same text as without limit, from a process that would be killed if it took more; the page cache counted."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _cgroup import Cgroup
+
+    store = pack(Model.open(model), tmp_path / "store")
+    written, whole, every, _ = child(RUN, store, 0)
+    budget = whole - 100_000_000
+    try:
+        group = Cgroup(budget + MARGIN_BYTES)
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here (it takes root): {error}")
+    try:
+        again, _, slots, hit_rate = child(RUN, store, budget, preexec_fn=group.enter)
+        assert again == written
+        assert slots < every / 2
+        assert 0 < hit_rate < 1
+        assert group.killed == 0
+        assert group.peak_bytes <= budget + MARGIN_BYTES
+    finally:
+        group.close()
+
+
+PACK = (
+    PEAK
+    + """
+import json, sys, torch
+from moekit.families.model import Model
+from moekit.serve.packing import pack
+model = Model.open(sys.argv[1])
+before = peak()
+pack(model, sys.argv[2], bits=int(sys.argv[3]))
+print(json.dumps(peak() - before))
+"""
+)
+
+
+def test_packing_needs_one_layer(tmp_path):
+    """Nine layers of 13 MB each: no more than a few of them at once, with all that a first run of torch takes."""
+    changes = CHANGES | {"hidden_size": 128, "moe_intermediate_size": 256, "num_hidden_layers": 9}
+    zoo.build("qwen3_moe", dtype=torch.bfloat16, **changes).save_pretrained(tmp_path / "deep")
+    layer = Model.open(tmp_path / "deep").layout.layers[0]
+    bytes_a_layer = layer.num_experts * layer.expert_bytes
+    assert child(PACK, tmp_path / "deep", tmp_path / "store", 4) < 4 * bytes_a_layer
