@@ -1,4 +1,4 @@
-"""How fast and how lean moekit streams: the statistics pass and a 50% bake of checkpoints larger than memory.
+"""How fast and how lean moekit streams checkpoints larger than memory: a statistics pass, dropping, merging, rounding.
 
     python benchmarks/stream.py --workdir FOLDER      # about 11 GB of disk; checkpoints are made once and kept there
     python benchmarks/stream.py --quick               # 0.2 GB, under a minute
@@ -15,6 +15,12 @@ pass_over_limit  wall time of `moekit.measure` (all groups of statistics) over t
 read_over_limit  the same with few tokens, where the disk should be
 bake_over_cp     wall time of writing the bake over `cp -r` and `sync` of what it wrote: both end with the bytes on the
                  disk. `bake_over_plain_cp` compares with a `cp` that may leave them in memory
+shrink_rss_gb    peak resident memory of merging half of the experts (m-smoe), of rounding all to 4 bits (rtn-int4), and
+                 of GPTQ to 4 bits on a checkpoint of two such layers
+merge_over_limit, quantise_over_limit    wall time of writing the merged, or rounded, checkpoint over the longer of two
+                 limits: reading the source and writing (and syncing) as many bytes as came out, at the disk's speed;
+                 and the arithmetic alone (`_shrunk.py`): similarity of units, assignment and mean of each group; the
+                 largest of each group, codes and words of each matrix
 
 Files are dropped from the page cache before they are read where the system lets us ("cold" in the output). Each run
 stands beside its yardsticks, which take turns at being first; ratios are medians over such pairs.
@@ -37,6 +43,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _shrunk
 from _goals import finish
 from _synthetic import Shape, make
 
@@ -152,7 +159,15 @@ def peak_rss() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-CHILDREN = {"make": child_make, "pass": child_pass, "bake": child_bake, "products": child_products}
+def watched(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The same, and the process' peak memory with it."""
+    return lambda *args: run(*args) | {"rss": peak_rss()}
+
+
+CHILDREN = {"make": child_make, "pass": child_pass, "bake": child_bake, "products": child_products} | {
+    x.__name__: watched(x)
+    for x in (_shrunk.merge, _shrunk.quantise, _shrunk.gptq, _shrunk.merge_alone, _shrunk.round_alone)
+}
 
 
 def child(name: str, *args: object) -> dict[str, Any]:
@@ -199,6 +214,19 @@ def copy_seconds(source: Path, target: Path) -> dict[str, float]:
     synced = time.perf_counter() - started
     shutil.rmtree(target)
     return {"cp_s": plain, "cp_sync_s": synced}
+
+
+def write_seconds(folder: Path, size: int) -> float:
+    """Time to write this many bytes to a new file and to see them on the disk."""
+    block, file = os.urandom(READ_BYTES), folder / "written"
+    started = time.perf_counter()
+    with file.open("wb", buffering=0) as stream:
+        for start in range(0, size, READ_BYTES):
+            stream.write(block[: size - start])
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    file.unlink()
+    return seconds
 
 
 def in_turn(number: int, *calls: Callable[[], Any]) -> list[Any]:
@@ -263,6 +291,47 @@ def bakes(folder: Path, stats: Path, workdir: Path, repeats: int) -> dict[str, A
     }
 
 
+def shrunk(folder: Path, layers: int, shape: Shape, workdir: Path, repeats: int, stats: Path) -> dict[str, Any]:
+    """Merging and rounding a checkpoint, each beside its limits."""
+    ways = {"merge": ("merge_alone", (folder, stats)), "quantise": ("round_alone", (folder,))}
+    found = {}
+    for name, (alone, given) in ways.items():
+        out, rows = workdir / f"out-{name}", []
+        for number in range(repeats):
+
+            def make_it(name: str = name, given: tuple[Path, ...] = given, out: Path = out) -> dict[str, Any]:
+                drop_cache(folder)
+                run = child(name, *given, out)
+                shutil.rmtree(out)
+                return run
+
+            run, bare = in_turn(number, make_it, lambda alone=alone: child(alone, json.dumps(asdict(shape))))
+            disk_s = read_seconds(folder) + write_seconds(workdir, run["bytes"])
+            row = run | {"disk_s": disk_s, "arithmetic_s": layers * bare["seconds"]}
+            row["over_limit"] = run["seconds"] / max(disk_s, row["arithmetic_s"])
+            row["cpu_over_arithmetic"] = run["cpu_s"] / (layers * bare["cpu_s"])
+            rows.append(row)
+            print(
+                f"{name} to {run['bytes'] / 1e9:.2f} GB: {run['seconds']:.2f} s, {run['rss'] / 1e9:.2f} GB of memory; "
+                f"disk {disk_s:.2f} s, arithmetic {row['arithmetic_s']:.2f} s",
+                flush=True,
+            )
+        found[name] = {"rss": max(x["rss"] for x in rows), "runs": rows} | {
+            key: statistics.median(x[key] for x in rows) for key in ("over_limit", "cpu_over_arithmetic")
+        }
+    return found
+
+
+def by_gptq(folder: Path, tokens: int, workdir: Path) -> dict[str, Any]:
+    """GPTQ on a checkpoint."""
+    out = workdir / "out-gptq"
+    run = child("gptq", folder, tokens, out)
+    shutil.rmtree(out)
+    shutil.rmtree(workdir / "out-gptq.tensors")
+    print(f"gptq, {tokens:,} tokens: {run['fit_s']:.2f} s, {run['rss'] / 1e9:.2f} GB of memory", flush=True)
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="0.2 GB instead of 4 GB, one run of each")
@@ -285,7 +354,7 @@ def run(args: argparse.Namespace, workdir: Path) -> None:
     shallow = deep // 2
     repeats, tokens = args.repeats or (1 if args.quick else 3), args.tokens or (4096 if args.quick else 16_384)
     folders = {}
-    for layers in (shallow, deep):
+    for layers in (2, shallow, deep):
         folder = folders[layers] = workdir / f"qwen3-moe-{shape.hidden}x{shape.experts}-{layers}"
         if not folder.exists():
             started = time.perf_counter()
@@ -298,6 +367,8 @@ def run(args: argparse.Namespace, workdir: Path) -> None:
     large = passes(folders[deep], deep, shape, tokens, repeats, stats)
     few = passes(folders[deep], deep, shape, ROWS, repeats, "")
     baked = bakes(folders[deep], stats, workdir, repeats)
+    smaller = shrunk(folders[deep], deep, shape, workdir, repeats, stats)
+    fitted = by_gptq(folders[2], 1024 if args.quick else 4096, workdir)
     size = sum(x.stat().st_size for x in folders[deep].glob("*.safetensors"))
     finish(
         "stream",
@@ -307,6 +378,9 @@ def run(args: argparse.Namespace, workdir: Path) -> None:
             "pass_over_limit": (large["over_limit"], 1.3, "<="),
             "read_over_limit": (few["over_limit"], 1.3, "<="),
             "bake_over_cp": (baked["over_cp"], 1.5, "<="),
+            "shrink_rss_gb": (max(x["rss"] for x in (*smaller.values(), fitted)) / 1e9, 2.0, "<="),
+            "merge_over_limit": (smaller["merge"]["over_limit"], 1.5, "<="),
+            "quantise_over_limit": (smaller["quantise"]["over_limit"], 1.5, "<="),
         },
         quick=args.quick,
         checkpoint_gb=round(size / 1e9, 2),
@@ -317,6 +391,8 @@ def run(args: argparse.Namespace, workdir: Path) -> None:
         bake_over_plain_cp=round(baked["over_plain_cp"], 3),
         passes={"shallow": small, "deep": large, "few tokens": few},
         bakes=baked,
+        smaller=smaller,
+        gptq=fitted,
     )
 
 

@@ -122,6 +122,23 @@ def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own():
     assert groups == [["5", "4"], ["30"], ["1", "9"]]
 
 
+def test_tensors_are_made_in_the_order_given_wherever_they_lie_in_the_file(tmp_path):
+    """Codes and scales of a weight come from one computation, which must not be kept until the last scale's turn."""
+    made: list[str] = []
+    tensors, wanted = [], {}
+    for n in range(4):
+        for name, dtype, x in ((f"{n}.codes", "U8", torch.full((5,), n)), (f"{n}.scale", "F32", torch.full((3,), n))):
+            wanted[name] = x.to(torch.uint8 if dtype == "U8" else torch.float32)
+            fn = lambda name=name: made.append(name) or wanted[name]  # noqa: E731
+            tensors.append(OutTensor(name, dtype, tuple(x.shape), Make(fn)))
+    out = write_checkpoint(tmp_path / "out", tensors, CONFIG, job=JOB_A).path
+    assert made == [x.name for x in tensors]
+    held = read_header(out / "model.safetensors")
+    assert [x[-5:] for x in sorted(held, key=lambda x: held[x].start)] == ["scale"] * 4 + ["codes"] * 4
+    found = load_file(out / "model.safetensors")
+    assert all(same(found[name], x) for name, x in wanted.items())
+
+
 def test_spans_are_laid_one_after_the_other(tmp_path, checkpoint):
     info = checkpoint.info("layer.03")
     rows = [(2, 4), (9, 10), (0, 1)]

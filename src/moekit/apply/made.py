@@ -14,8 +14,10 @@ from functools import partial
 import torch
 
 from moekit.apply.factor import dense_names, dense_parameters, own_parameters
+from moekit.apply.hold import held_names, held_parameters
 from moekit.apply.merge import merged_names, merged_parameters
 from moekit.apply.quantize import quantised_parameters
+from moekit.checkpoint.weights import all_finite
 from moekit.errors import CheckpointError, PlanError
 from moekit.families.loader import Loader
 from moekit.families.unload import to_disk
@@ -63,13 +65,14 @@ def given_names(loader: Loader, layout: Layout, plan: Plan, index: int) -> set[s
 CHANGES: tuple[tuple[Change, Names], ...] = (
     (merged_parameters, merged_names),
     (given_values, given_names),
+    (held_parameters, held_names),
     (dense_parameters, dense_names),
 )
 
 
 def changes_weights(plan: Plan) -> bool:
     """Whether the plan makes new numbers: such a plan is applied as layers are read."""
-    return bool(plan.merges() or plan.values() or plan.factored() or plan.packed_form)
+    return bool(plan.merges() or plan.values() or plan.holds() or plan.factored() or plan.packed_form)
 
 
 def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tensors: Parameters) -> Parameters:
@@ -93,7 +96,7 @@ def new_parameters(loader: Loader, layout: Layout, plan: Plan, index: int, tenso
     on_disk = {key: x.name for group in loader.placements(index).values() for x in group for key in x.keys}
     for change, _ in CHANGES:
         for key, x in change(loader, layout, plan, index, tensors | out).items():
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise CheckpointError(
                     "this weight has entries that are no numbers",
                     where=f"{loader.checkpoint.path}: {on_disk[key]}",
@@ -109,9 +112,9 @@ def _check_numbers(loader: Loader, layout: Layout, plan: Plan, index: int, tenso
     names = set().union(*(find(loader, layout, plan, index) for _, find in CHANGES))
     for key, group in loader.placements(index).items() if names else ():
         on_disk = [x.name for x in group]
-        if key not in tensors or names.isdisjoint(on_disk) or tensors[key].isfinite().all():
+        if key not in tensors or names.isdisjoint(on_disk) or all_finite(tensors[key]):
             continue
-        bad = next((x for x in on_disk if not loader.checkpoint.read(x).float().isfinite().all()), on_disk[0])
+        bad = next((x for x in on_disk if not all_finite(loader.checkpoint.read(x).float())), on_disk[0])
         raise CheckpointError(
             "this weight has entries that are no numbers",
             where=f"{loader.checkpoint.path}: {bad}",

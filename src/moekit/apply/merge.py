@@ -58,21 +58,26 @@ class ExpertUnits:
 
     def units(self, expert: int) -> torch.Tensor:
         """All units of an expert, float32 [I, F]."""
+        return torch.cat(self.unit_parts(expert), 1)
+
+    def unit_parts(self, expert: int) -> list[torch.Tensor]:
+        """The same in parts that lie side by side, one for each parameter."""
         parts = [self.unit_axis_first(name, x[expert]) for name, x in self.tensors.items()]
-        return torch.cat([x.reshape(len(x), -1).float() for x in parts if x is not None], 1)
+        return [x.reshape(len(x), -1).float() for x in parts if x is not None]
 
     def alignment(self, reference: int, expert: int) -> torch.Tensor:
         """For each unit of `reference`, the unit of `expert` that takes its place, int64 [I]."""
-        similarity = self.units(reference) @ self.units(expert).T
+        pairs = zip(self.unit_parts(reference), self.unit_parts(expert), strict=True)
+        similarity = torch.stack([ours @ theirs.T for ours, theirs in pairs]).sum(0)
         _, columns = linear_sum_assignment(similarity.double().numpy(), maximize=True)
         return torch.from_numpy(np.asarray(columns, np.int64))
 
     def permuted(self, name: str, expert: int, order: torch.Tensor | None) -> torch.Tensor:
         """A parameter of an expert, float32, with its units in another order: the same function."""
-        out = self.tensors[name][expert].float().clone()
+        out = self.tensors[name][expert].to(torch.float32, copy=True)
         units = self.unit_axis_first(name, out)
         if units is not None and order is not None:
-            units.copy_(units[order].clone())
+            units.copy_(units[order])
         return out
 
 
@@ -93,8 +98,9 @@ def merge_experts(form: ExpertForm, tensors: dict[str, torch.Tensor], merge: Mer
         first = group.members[0]
         orders = [units.alignment(first, e) if merge.align and e != first else None for e in group.members]
         for name, x in out.items():
-            parts = zip(group.members, orders, group.weights, strict=True)
-            mean = torch.stack([weight * units.permuted(name, e, order) for e, order, weight in parts]).sum(0)
+            mean = torch.zeros_like(x[first], dtype=torch.float32)
+            for e, order, weight in zip(group.members, orders, group.weights, strict=True):
+                mean.add_(units.permuted(name, e, order), alpha=weight)
             x[first] = mean.to(x.dtype)
     return out
 

@@ -18,6 +18,7 @@ import torch
 from moekit.checkpoint.grid import Grid, quantised, read_back
 from moekit.checkpoint.packing import WORD, dequantise_packed, pack
 from moekit.checkpoint.reader import DTYPES, Checkpoint
+from moekit.checkpoint.weights import all_finite
 from moekit.checkpoint.writer import Make, OutTensor
 from moekit.errors import CheckpointError, PlanError
 from moekit.families.detect import Understanding
@@ -119,7 +120,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     Raises:
         CheckpointError: it has entries that are no numbers.
     """
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise CheckpointError(
             "this weight has entries that are no numbers",
             where=name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -94,10 +95,24 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file of the output."""
+    """One safetensors file of the output.
+
+    Attributes:
+        name: of the file.
+        tensors: as they lie in it.
+        turns: the same in the order in which they are written: what is computed together has its turn together,
+            wherever it lies, so that nothing waits in memory.
+    """
 
     name: str
     tensors: tuple[OutTensor, ...]
+    turns: tuple[OutTensor, ...]
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Where each tensor's data begin in the file, by name."""
+        ends = itertools.accumulate((tensor.bytes for tensor in self.tensors), initial=len(self.header))
+        return {tensor.name: start for tensor, start in zip(self.tensors, ends, strict=False)}
 
     @cached_property
     def header(self) -> bytes:
@@ -151,7 +166,7 @@ def plan_shards(tensors: Sequence[OutTensor], shard_bytes: int, stem: str = STEM
     numbers = [f"-{i:05}-of-{count:05}" for i in range(1, count + 1)] if count > 1 else [""]
     names = [f"{stem}{number}.safetensors" for number in numbers]
     return [
-        Shard(name, tuple(sorted(group, key=lambda x: -DTYPES[x.dtype].itemsize)))
+        Shard(name, tuple(sorted(group, key=lambda x: -DTYPES[x.dtype].itemsize)), tuple(group))
         for name, group in zip(names, groups, strict=True)
     ]
 
@@ -255,12 +270,13 @@ def _is_finished(file: Path, shard: Shard) -> bool:
 
 def _write_shard(file: Path, shard: Shard, advance: Callable[[int], None]) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    with _Inputs(shard.tensors) as inputs, temporary.open("wb", buffering=0) as target:
-        position = _write_bytes(target.fileno(), 0, memoryview(shard.header), advance)
-        for tensor in shard.tensors:
+    with _Inputs(shard.turns) as inputs, temporary.open("wb", buffering=0) as target:
+        _write_bytes(target.fileno(), 0, memoryview(shard.header), advance)
+        for tensor in shard.turns:
+            position = shard.starts[tensor.name]
             if isinstance(tensor.source, Make):
                 data = _as_bytes(tensor, tensor.source.fn())
-                position = _write_bytes(target.fileno(), position, data, advance)
+                _write_bytes(target.fileno(), position, data, advance)
             else:
                 for block in _blocks(tensor):
                     inputs.copy(block, target.fileno(), position)
@@ -341,12 +357,11 @@ def _as_bytes(expected: OutTensor, made: torch.Tensor) -> memoryview:
     return made.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_bytes(target: int, position: int, data: memoryview, advance: Callable[[int], None]) -> int:
+def _write_bytes(target: int, position: int, data: memoryview, advance: Callable[[int], None]) -> None:
     while data:
         count = os.pwrite(target, data[:BLOCK_BYTES], position)
         data, position = data[count:], position + count
         advance(count)
-    return position
 
 
 def copy_block(source: int, start: int, target: int, position: int, count: int) -> int:

@@ -51,16 +51,14 @@ def to_disk(loader: Loader, layer: int, parameters: dict[str, torch.Tensor]) -> 
 def _scattered(
     loader: Loader, placements: list[Placement], parameters: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    shapes = {x.name: loader.checkpoint.info(x.name).shape for x in placements}
-    addresses, start = {}, 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel()
-        addresses[name] = torch.arange(start, start + size).reshape(shape)
-        start += size
+    shapes = {x.name: torch.Size(loader.checkpoint.info(x.name).shape) for x in placements}
+    sizes = [shape.numel() for shape in shapes.values()]
+    total = sum(sizes)
+    every = torch.arange(total, dtype=torch.int32 if total < 1 << 31 else torch.int64)  # a layer has many numbers
+    addresses = {name: x.view(shapes[name]) for name, x in zip(shapes, every.split(sizes), strict=True)}
     arrived = convert(placements[0].converter, placements, addresses, loader.model)
     first = next(iter(parameters.values()))
-    flat = torch.empty(start, dtype=first.dtype)
+    flat = torch.empty(total, dtype=first.dtype)
     for key, where in arrived.items():
         flat[where.reshape(-1)] = parameters[key].reshape(-1)
-    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     return dict(zip(shapes, flat.split(sizes), strict=True))

@@ -26,6 +26,7 @@ from torch import nn
 from moekit import methods
 from moekit.apply.quantize import Rounded, check_finite, roundings
 from moekit.checkpoint.packing import dequantise_packed, pack
+from moekit.checkpoint.weights import all_finite
 from moekit.data import Batch
 from moekit.errors import DataError, ModelError, PlanError
 from moekit.fitting.decide import Fit
@@ -381,7 +382,7 @@ class _Rounding(_Pass):
         for some, their_weights, moment in zip(parts, weights, moments, strict=True):
             for x, weight in zip(some, their_weights, strict=True):
                 check_finite(weight, x.matrix.source)
-            if moment is not None and not moment.isfinite().all():
+            if moment is not None and not all_finite(moment):
                 raise ModelError(
                     "what reaches this weight are no numbers",
                     where=some[0].matrix.name,
