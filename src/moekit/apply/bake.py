@@ -147,7 +147,7 @@ def bake_tensors(checkpoint: Checkpoint, understanding: Understanding, plan: Pla
     layout = understanding.layout
     plan.check_bakeable(layout)
     dropped = plan.dropped()
-    dense = bool(plan.merges() or plan.values() or plan.factored())
+    dense = bool(plan.merges() or plan.values() or plan.holds() or plan.factored())
     readers: Readers = (
         MadeTensors(Loader(checkpoint, understanding), layout, plan).readers if dense else lambda index: {}
     )

@@ -247,6 +247,44 @@ def label(
         console().print("all answers have one label: there is nothing to compare yet")
 
 
+@verbs.command()
+def bake(
+    plan: Path = typer.Argument(help="A plan of `moekit steer find`."),
+    model: str = MODEL,
+    out: Path = typer.Option(..., help="A new folder for the model."),
+    data: list[str] = typer.Option([], help="Text that the proof is read on, NAME=PATH.  [default: random tokens]"),
+    overwrite: bool = typer.Option(False, help="Replace a model that lies in the folder."),
+    trust_remote_code: bool = TRUST,
+) -> None:
+    """Write a plan into a model's weights, for other engines, as far as files can hold it, and prove it.
+
+    All of the plan or nothing: what no file of the family holds is refused, with the reason. The proof compares the
+    files, in stock transformers, with the plan applied live.
+    """
+    import moekit
+    from moekit.apply.hold import held
+    from moekit.pipeline.production import check_out, produce
+    from moekit.plans import Plan
+    from moekit.steering.doses import check_plan
+
+    check_out(out.resolve(), overwrite)
+    found = Plan.load(plan)
+    opened = moekit.open(model, trust_remote_code=trust_remote_code)
+    check_plan(found, opened.layout)
+    written = held(found, opened.understanding)
+    text = moekit.load_data(opened, data, tokens=2_048, sequence_length=128) if data else None
+    with bars() as progress:
+        result = produce(opened, written.plan, out, text=text, overwrite=overwrite, progress=progress, instead=found)
+    proof = result.verification
+    assert proof is not None
+    console().print(
+        f"{out}: {len(found.steers())} ops are in its weights; against the plan applied live, in {proof.loaded_by}: "
+        f"largest logit difference {proof.max_difference:.2g} over {proof.positions} positions "
+        f"({proof.within:.1%} within {proof.tolerance:g})"
+    )
+    console().print("\n".join(["engines that will honour it:", *(f"  {line}" for line in written.engines)]))
+
+
 def parse_numbers(option: str, text: str) -> list[float]:
     """`1,2,5` as numbers.
 

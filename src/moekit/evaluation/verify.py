@@ -61,6 +61,7 @@ def verify(
     data: Dataset | None = None,
     tokenizer: Any = None,
     progress: Progress = silent,
+    instead: Plan | None = None,
 ) -> Verification:
     """Compare `result`, loaded from its files, with `source` under the live plan: logits on a few sequences of `data`,
     and every weight.
@@ -76,11 +77,14 @@ def verify(
         data: any text, tokenised; None: random tokens.
         tokenizer: to show a generated text; None for none.
         progress: told as layers pass.
+        instead: a plan that `plan` does the same as, in weights: logits are compared with this one applied live, within
+            what rounding to the dtype of `result` makes.
     """
     fits = result.fits(torch.float32)
     dtype = torch.float32 if fits else result.dtype
     batches = _sample(data) if data else _random(result.layout.vocab_size)
-    live = logits_of(Subject(source, plan), batches, dtype, progress=progress)
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[result.dtype]) if instead else TOLERANCE[dtype]
+    live = logits_of(Subject(source, instead or plan), batches, dtype, progress=progress)
     generated = None
     with contextlib.closing(live), contextlib.ExitStack() as stack:
         if fits:
@@ -100,7 +104,7 @@ def verify(
         if fits and tokenizer is not None:
             generated = _generate(model, batches[0].ids[:1, :16], tokenizer)
     every = torch.cat(relative)
-    within = float((every <= TOLERANCE[dtype]).float().mean())
+    within = float((every <= tolerance).float().mean())
     weights = compare_weights(source, plan, result, progress)
     return Verification(
         ok=within >= AGREEING and not weights.wrong,
@@ -108,7 +112,7 @@ def verify(
         dtype=str(dtype).removeprefix("torch."),
         positions=len(every),
         within=within,
-        tolerance=TOLERANCE[dtype],
+        tolerance=tolerance,
         max_difference=largest,
         generated=generated,
         experts=weights.experts,

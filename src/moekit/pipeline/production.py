@@ -51,6 +51,7 @@ def produce(
     overwrite: bool = False,
     seconds: dict[str, float] | None = None,
     progress: Progress = silent,
+    instead: Plan | None = None,
 ) -> Result:
     """Write the model that a plan makes, prove it, compare it, report; it gets its name when all of that is done.
 
@@ -72,6 +73,8 @@ def produce(
         overwrite: replace a model that lies at `out`.
         seconds: filled with the time of each stage.
         progress: told as work goes on.
+        instead: a plan that acts on a running model, which `plan` does the same as in weights: the proof compares with
+            it.
 
     Raises:
         VerificationError: the files do not do what the plan says; they are kept as `OUT.failed`.
@@ -91,6 +94,7 @@ def produce(
         prove=prove,
         shard_bytes=shard_bytes,
         progress=progress,
+        instead=instead,
     )
     made.name = out.name
     assert done.baked is not None, "what is proven was baked"
@@ -132,6 +136,7 @@ def proven(
     prove: bool = True,
     shard_bytes: int = 5_000_000_000,
     progress: Progress = silent,
+    instead: Plan | None = None,
 ) -> tuple[Done, Model]:
     """Write the model that a plan makes and prove it; it stays under its makeshift name.
 
@@ -146,6 +151,7 @@ def proven(
         prove: as for `produce`.
         shard_bytes: as for `produce`.
         progress: as for `produce`.
+        instead: as for `produce`.
 
     Raises:
         VerificationError: the files do not do what the plan says.
@@ -168,7 +174,7 @@ def proven(
     proof = None
     if prove:
         with timed(seconds, "verify"):
-            proof = verify(model, plan, made, text, tokenizer, progress)
+            proof = verify(model, plan, made, text, tokenizer, progress, instead)
         if not proof.ok:
             made.checkpoint.close()
             _fail(failed, place, proof)

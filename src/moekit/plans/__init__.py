@@ -9,6 +9,7 @@ from moekit.plans.checks import check_droppable, check_feasible, check_merge, ch
 from moekit.plans.counts import drop_lowest, keep_count
 from moekit.plans.dynamic import Odp
 from moekit.plans.factoring import Factor
+from moekit.plans.holding import Hold
 from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Quantize, QuantizeDense, Values
 from moekit.plans.plan import ITEMSIZE, Plan
 from moekit.plans.standins import Replace, check_stand_ins, constant_name
@@ -23,6 +24,7 @@ __all__ = [
     "Drop",
     "Factor",
     "Group",
+    "Hold",
     "Merge",
     "Odp",
     "Op",

@@ -11,6 +11,7 @@ from moekit.layout import MoELayer
 from moekit.plans.base import Op
 from moekit.plans.dynamic import Odp
 from moekit.plans.factoring import Factor
+from moekit.plans.holding import Hold
 from moekit.plans.standins import Replace
 from moekit.plans.steering import Steer
 
@@ -159,5 +160,5 @@ class Values(Op):
 
 
 AnyOp = Annotated[
-    Drop | Merge | Factor | Quantize | QuantizeDense | Values | Replace | Odp | Steer, Field(discriminator="op")
+    Drop | Merge | Factor | Quantize | QuantizeDense | Values | Replace | Odp | Steer | Hold, Field(discriminator="op")
 ]

@@ -23,6 +23,7 @@ from moekit.plans.checks import (
 )
 from moekit.plans.dynamic import Odp, check_dynamic, check_no_dynamics
 from moekit.plans.factoring import Factor, check_factored, check_factored_alone
+from moekit.plans.holding import Hold, check_held
 from moekit.plans.ops import OUTER, AnyOp, Drop, Merge, Quantize, QuantizeDense, Values, share_of
 from moekit.plans.padding import Slots, check_paddable, check_padded_alone, slots
 from moekit.plans.standins import OWN, Replace, check_alone, check_replaced
@@ -89,7 +90,7 @@ class Plan(BaseModel):
             return "merge" if self.merges() else "prune"
         if self.replaced() or self.values():
             return "replace" if self.replaced() else "heal"
-        return "live" if self.dynamic() else "steer" if self.steers() else "prune"
+        return "live" if self.dynamic() else "steer" if self.steers() or self.holds() else "prune"
 
     def factored(self) -> dict[int, Factor]:
         """How each layer's experts are factored, where they are."""
@@ -129,6 +130,10 @@ class Plan(BaseModel):
     def steers(self) -> list[Steer]:
         """What is done to routers' choices and weights, live."""
         return [op for op in self.ops if isinstance(op, Steer)]
+
+    def holds(self) -> dict[int, Hold]:
+        """How each layer is steered by its weights, where it is."""
+        return {op.layer: op for op in self.ops if isinstance(op, Hold)}
 
     def kept(self, layer: MoELayer) -> tuple[int, ...]:
         """Experts of a layer that stay, ascending."""
@@ -180,6 +185,7 @@ class Plan(BaseModel):
         if any(op.scheme == "healed" for op in self.factored().values()):
             check_carried(self.tensors)
         check_steering(self.ops, layout)
+        check_held(self.ops, layout)
         check_replaced(self.ops, layout, self.tensors)
         check_dynamic(self.ops, layout)
 

@@ -13,12 +13,20 @@ from moekit.checkpoint.hub import is_hub_id
 from moekit.recipe import format_bytes
 
 # by kind of plan: what is done to a model, and what it has then
-DONE = {"prune": "pruned", "merge": "merged", "factor": "factored", "quantize": "quantised", "heal": "healed"}
+DONE = {
+    "prune": "pruned",
+    "merge": "merged",
+    "factor": "factored",
+    "quantize": "quantised",
+    "heal": "healed",
+    "steer": "steered",
+}
 WITH = {
     "factor": "factored experts",
     "replace": "constants for some experts",
     "quantize": "quantised experts",
     "heal": "healed weights",
+    "steer": "steered routers or experts",
 }
 
 
