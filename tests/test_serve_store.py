@@ -22,9 +22,6 @@ from moekit.serve.policies import POLICIES, Sizes, policy_named
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import MANIFEST, ExpertStore
 
-# Every kind of experts module: gated or not, biased, transposed, interleaved, with norms of their own, shared ones.
-FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "granitemoe", "jamba", "nemotron_h", "olmoe"]
-
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
@@ -49,17 +46,6 @@ def eager(model, dtype):
 def logits_of(stock, ids, past=None):
     past = past or DynamicCache(config=stock.config.get_text_config())
     return stock(input_ids=ids[None], past_key_values=past, use_cache=True).logits[0]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_sixteen_bits_are_the_stock_models_numbers(name, tmp_path):
-    zoo.build(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    model = Model.open(tmp_path / "model")
-    engine = Engine(pack(model, tmp_path / "store"))
-    assert engine.store.lossless
-    ids = zoo.inputs(name)["input_ids"][0]
-    assert torch.equal(engine.logits(ids), logits_of(eager(model, torch.bfloat16), ids))
-    engine.close()
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -176,12 +162,12 @@ def test_damage_is_named(tmp_path, stores):
 
 
 def test_what_cannot_be_run_is_refused_before_packing(tmp_path):
-    zoo.build("llama4_text").save_pretrained(tmp_path / "llama4")
-    with pytest.raises(ModelError, match="every expert runs on every token"):
-        pack(Model.open(tmp_path / "llama4"), tmp_path / "out")
+    zoo.build("openai_privacy_filter").save_pretrained(tmp_path / "filter")
+    with pytest.raises(ModelError, match="writes no text"):
+        pack(Model.open(tmp_path / "filter"), tmp_path / "out")
     with pytest.raises(OutputError, match="cannot be packed so"):
         pack(moekit.open("refmoe"), tmp_path / "out", bits=5)
-    assert not (tmp_path / "out").exists()
+    assert [x.name for x in tmp_path.iterdir()] == ["filter"]
 
 
 def test_too_little_memory_says_how_much_is_needed(stores):

@@ -33,13 +33,21 @@ def check_packable(model: Model, bits: int) -> None:
     """Refuse what the run time could not run, before anything is read.
 
     Raises:
-        ModelError: a family that moekit does not run, or a model that writes no text.
+        ModelError: a family that moekit does not run, a model that writes no text, or experts that are constants.
         OutputError: bits that records cannot have.
     """
     model.understanding.family.check_runs()
     if not model.loader().model.can_generate():
         raise ModelError(
             "this model writes no text, so there is nothing to run", where=model.name, got=model.layout.architecture
+        )
+    constant = [x.index for x in model.layout.routed if x.constants]
+    if constant:
+        raise ModelError(
+            "experts that constant vectors stand for (mone) cannot be packed",
+            where=model.name,
+            got=f"layers {', '.join(map(str, constant))}",
+            fix="pack the source, or what another method made of it",
         )
     if bits not in BITS:
         raise OutputError("experts cannot be packed so", where="bits", expected=", ".join(map(str, BITS)), got=bits)
