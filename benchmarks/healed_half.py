@@ -25,6 +25,7 @@ import moekit
 from moekit import refmoe
 from moekit.families.model import Model
 from moekit.fitting import Fit, decide
+from moekit.plans import Plan
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "healed_half.md"
 LENGTH = 256
@@ -38,18 +39,21 @@ def healed(domain: str, tokens: int, held_out: int, steps: int, folder: Path) ->
     text = moekit.load_data(model, {domain: refmoe.texts()[domain]}, tokens=held_out, sequence_length=LENGTH)
     full = perplexities(model.load(torch.float32), text)[domain]
 
+    def baked(source: Model, plan: Plan, name: str) -> Model:
+        path = moekit.bake(source, plan, folder / name).path
+        assert path is not None
+        return moekit.open(path)
+
     def ratio(found: Model) -> float:
         return perplexities(found.load(torch.float32), text)[domain] / full
 
     stats = moekit.measure(model, seen, dtype=torch.float32)
-    pruned = moekit.open(moekit.bake(model, moekit.plan("easy-ep", stats, keep=0.5), folder / "pruned").path)
+    pruned = baked(model, moekit.plan("easy-ep", stats, keep=0.5), "pruned")
     fit = Fit(pruned, model, None, seen, folder / "fit", torch.float32)
     plan = decide("reconstruct", fit, options=OPTIONS | {"steps": steps})
-    out = {"pruned": ratio(pruned), "healed": ratio(moekit.open(moekit.bake(pruned, plan, folder / "healed").path))}
-    print(
-        f"{domain}, {sum(x.tokens for x in seen.batches):,} tokens: pruned x {out['pruned']:.3f}, healed x {out['healed']:.3f}",
-        flush=True,
-    )
+    out = {"pruned": ratio(pruned), "healed": ratio(baked(pruned, plan, "healed"))}
+    count = sum(x.tokens for x in seen.batches)
+    print(f"{domain}, {count:,} tokens: pruned x {out['pruned']:.3f}, healed x {out['healed']:.3f}", flush=True)
     return out
 
 
