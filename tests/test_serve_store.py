@@ -48,7 +48,7 @@ def logits_of(stock, ids, past=None):
     return stock(input_ids=ids[None], past_key_values=past, use_cache=True).logits[0]
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"belady", "static"}))
 @pytest.mark.parametrize("spare", [5, 7, 20])
 def test_what_stays_in_memory_changes_no_number(stores, ids, policy, spare):
     store = ExpertStore(stores[16])

@@ -1,10 +1,17 @@
-"""Experts in memory: a fixed number of slots, filled from the store by a few threads, emptied as a policy says."""
+"""Experts in memory: a fixed number of slots, filled from the store by a few threads, emptied as a policy says.
+
+What stays is decided when a layer begins, by `moekit.serve.policies.Residency`, as the simulator decides it. A few
+slots are for experts that come and go: those that are not kept, and those that a predictor asks for ahead. The latter
+are read one at a time by a thread of their own, while no demanded read is under way, and only as many as fit into the
+pauses of the disk that were measured; they take no resident's place: prefetching changes neither numbers nor hits.
+"""
 
 from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -12,10 +19,12 @@ import torch
 
 from moekit.errors import RecipeError
 from moekit.recipe import format_bytes
-from moekit.serve.policies import Key, Policy
+from moekit.serve.policies import Decision, Key, Policy, Residency
 from moekit.serve.store import ExpertStore
 
 READERS = 4  # reads in flight: what one needs for the disk's full speed, and no more memory than that
+PASSING_SHARE = 8  # one in so many slots is for experts that come and go, up to READERS
+FORGETTING = 0.1  # weight of the newest time among those measured
 
 
 @dataclass
@@ -28,6 +37,8 @@ class Counts:
         read_bytes: from the disk.
         stall_s: time that the computation waited for reads.
         read_s: time that readers were busy, several at once.
+        ahead: of the misses, those whose read had begun before they were asked for.
+        wasted: experts read ahead that nobody asked for.
     """
 
     hits: list[int] = field(default_factory=list)
@@ -35,6 +46,8 @@ class Counts:
     read_bytes: int = 0
     stall_s: float = 0.0
     read_s: float = 0.0
+    ahead: int = 0
+    wasted: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -49,8 +62,12 @@ class ExpertCache:
     Args:
         store: what they are read from.
         memory_bytes: for all slots together.
-        policy: which expert gives its place; made for the number of slots that `slots_in` says.
+        policy: which expert gives its place; made for as many slots as `residents_in` says.
         verify: compare each record's checksum when it is read.
+
+    Attributes:
+        predict: from the decoder index of the layer that runs, the experts that the next MoE layer will need, likeliest
+            first; None: nothing is read ahead.
 
     Raises:
         RecipeError: not even one token's experts of a layer fit.
@@ -66,9 +83,17 @@ class ExpertCache:
         whole = torch.frombuffer(self._arena, dtype=torch.uint8)
         self._slots = list(whole.split(self.slot_bytes))
         self._free = list(range(total))
+        self._residency = Residency(policy, residents_in(store, memory_bytes))
         self._resident: dict[Key, int] = {}
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moekit-read")
         self.counts = Counts([0] * len(self.indices), [0] * len(self.indices))
+        self.predict: Callable[[int], Sequence[int]] | None = None
+        self._scout = ThreadPoolExecutor(1, thread_name_prefix="moekit-ahead")
+        self._early: dict[Key, tuple[Future, int]] = {}
+        self._unwanted: list[tuple[Future, int]] = []
+        self._one_read_s = 0.0
+        self._pause_s = 0.0
+        self._idle_since: float | None = None
 
     @property
     def slots(self) -> int:
@@ -79,100 +104,159 @@ class ExpertCache:
         """Whether an expert of a decoder layer is in memory."""
         return (self._number[layer], expert) in self._resident
 
-    def run(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def begin(self) -> None:
+        """Tell the policy that a new text begins."""
+        self._residency.begin()
+
+    def run(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Give each of a layer's experts once, those in memory first, the others as they arrive.
 
-        What is given lies in a slot and may be overwritten when the next one is asked for.
+        What is given lies in a slot and may be overwritten when the next one is asked for, unless all are in memory.
 
         Args:
             layer: decoder layer index.
             experts: needed now, each once.
+            counts: tokens that need each; None: one.
 
         Raises:
             CheckpointError: a record cannot be read, or is damaged.
         """
         number = self._number[layer]
-        keys = [(number, expert) for expert in experts]
-        for key in keys:
-            self.policy.used(key)
-        here = [key for key in keys if key in self._resident]
-        missing = [key for key in keys if key not in self._resident]
-        self.counts.hits[number] += len(here)
-        self.counts.misses[number] += len(missing)
-        waiting = missing[::-1]
-        busy: set[Key] = set(here)  # not to be evicted while this layer runs
-        reads: dict[Future, tuple[Key, int, bool]] = {}
+        self._pause_ends()
+        decision = self._residency.layer(number, experts, counts)
+        self.counts.hits[number] += len(decision.hits)
+        self.counts.misses[number] += len(decision.misses)
+        going = self._make_room(number, decision)
+        reads: dict[Future, tuple[int, int]] = {}
+        waiting = self._take_early(number, decision, reads)
         try:
-            self._start(layer, waiting, busy, reads)
-            for key in here:
-                yield key[1], self._views(layer, key[1], self._resident[key])
-                busy.discard(key)
-                self._start(layer, waiting, busy, reads)
+            self._start(layer, waiting, reads)
+            if not reads:
+                self._look_ahead(layer)
+            for expert in decision.hits:
+                slot = going[expert] if expert in going else self._resident[number, expert]
+                yield expert, self._views(layer, expert, slot)
+                if expert in going:
+                    self._free.append(going.pop(expert))
+                self._start(layer, waiting, reads)
             while reads:
                 started = time.perf_counter()
                 done, _ = wait(reads, return_when=FIRST_COMPLETED)
                 self.counts.stall_s += time.perf_counter() - started
                 for future in done:
-                    key, slot, keep = reads.pop(future)
-                    try:
-                        future.result()
-                    except BaseException:
+                    expert, slot = reads[future]
+                    took = future.result()
+                    self._one_read_s += (FORGETTING if self._one_read_s else 1.0) * (took - self._one_read_s)
+                    del reads[future]
+                    if expert in decision.kept:
+                        self._resident[number, expert] = slot
+                    if not reads and not waiting:
+                        self._look_ahead(layer)
+                    yield expert, self._views(layer, expert, slot)
+                    if expert not in decision.kept:
                         self._free.append(slot)
-                        raise
-                    if keep:
-                        self._resident[key] = slot
-                    yield key[1], self._views(layer, key[1], slot)
-                    if not keep:
-                        self._free.append(slot)
-                    busy.discard(key)
-                    self._start(layer, waiting, busy, reads)
+                    self._start(layer, waiting, reads)
         finally:
-            self._abandon(reads)
+            self._abandon(number, decision, waiting, reads)
+            self._free += going.values()
 
-    def _abandon(self, reads: dict[Future, tuple[Key, int, bool]]) -> None:
-        """Wait for reads that nobody wants any more, and take their slots back."""
-        for future, (_, slot, _) in reads.items():
+    def _make_room(self, number: int, decision: Decision) -> dict[int, int]:
+        """Take the places of experts that go; those that are needed first, with their slots, by expert."""
+        going = {}
+        for key in decision.evicted:
+            slot = self._resident.pop(key)
+            if key[0] == number and key[1] in decision.hits:
+                going[key[1]] = slot
+            else:
+                self._free.append(slot)
+        return going
+
+    def _start(self, layer: int, waiting: deque[int], reads: dict[Future, tuple[int, int]]) -> None:
+        """Begin as many reads as there are readers and places."""
+        self._reap()
+        while waiting and len(reads) < READERS:
+            if not self._free and not reads and self._unwanted:
+                wait([self._unwanted[0][0]])
+                self._reap()
+            if not self._free:
+                return
+            expert, slot = waiting.popleft(), self._free.pop()
+            reads[self._pool.submit(self._read, layer, expert, slot)] = (expert, slot)
+
+    def _abandon(
+        self, number: int, decision: Decision, waiting: deque[int], reads: dict[Future, tuple[int, int]]
+    ) -> None:
+        """Wait for reads that nobody wants any more, take their slots back, and forget what was not read."""
+        for future, (_, slot) in reads.items():
             future.cancel()
             wait([future])
             self._free.append(slot)
+        for expert in [*waiting, *(expert for expert, _ in reads.values())]:
+            if expert in decision.kept:
+                self._residency.drop((number, expert))
 
-    def _start(
-        self, layer: int, waiting: list[Key], busy: set[Key], reads: dict[Future, tuple[Key, int, bool]]
-    ) -> None:
-        """Begin as many reads as there are readers and places."""
-        while waiting and len(reads) < READERS:
-            key = waiting[-1]
-            found = self._place(key, busy, bool(reads))
-            if found is None:
-                return
-            waiting.pop()
-            slot, keep = found
-            busy.add(key)
-            reads[self._pool.submit(self._read, layer, key[1], slot)] = (key, slot, keep)
+    def _take_early(self, number: int, decision: Decision, reads: dict[Future, tuple[int, int]]) -> deque[int]:
+        """Go on with what was begun ahead and is needed, give up the rest; the experts that are still to be read."""
+        waiting = deque(decision.misses)
+        for key, (future, slot) in self._early.items():
+            if key[0] == number and key[1] in decision.misses:
+                if future.cancel():
+                    self._free.append(slot)
+                else:
+                    waiting.remove(key[1])
+                    reads[future] = (key[1], slot)
+                    self.counts.ahead += 1
+            elif future.cancel():
+                self._free.append(slot)
+            else:
+                self.counts.wasted += 1
+                self._unwanted.append((future, slot))
+        self._early.clear()
+        return waiting
 
-    def _place(self, key: Key, busy: set[Key], may_wait: bool) -> tuple[int, bool] | None:
-        """(slot, whether the expert stays in it); None while all are in use."""
-        reserve = 0 if len(self._resident) < self.slots - READERS else 1
-        if len(self._free) > reserve:
-            keep = len(self._resident) < self.slots - 1
-            return self._free.pop(), keep
-        candidates = [other for other in self._resident if other not in busy]
-        victim = self.policy.victim(key, candidates) if candidates else None
-        if victim is not None:
-            return self._resident.pop(victim), True
-        if self._free:
-            return self._free.pop(), False
-        if may_wait or not candidates:
-            return None
-        return self._resident.pop(candidates[0]), True
+    def _reap(self) -> None:
+        """Take back the slots of reads that nobody asked for, once they are over."""
+        for future, slot in [x for x in self._unwanted if x[0].done()]:
+            self._unwanted.remove((future, slot))
+            self._free.append(slot)
 
-    def _read(self, layer: int, expert: int, slot: int) -> None:
+    def _look_ahead(self, layer: int) -> None:
+        """The disk has nothing to do: read what the next layer is likely to need, as far as the pause will last."""
+        self._idle_since = time.perf_counter()
+        number = self._number[layer] + 1
+        if self.predict is None or number >= len(self.indices) or not self._one_read_s:
+            return
+        self._reap()
+        count = min(int(self._pause_s / self._one_read_s), len(self._free) - 1)
+        if count <= 0:
+            return
+        missing = [x for x in self.predict(layer) if not self._residency.resident[number, x]]
+        for expert in missing[:count]:
+            slot = self._free.pop()
+            self._early[number, expert] = (
+                self._scout.submit(self._read, self.indices[number], expert, slot),
+                slot,
+            )
+
+    def _pause_ends(self) -> None:
+        """Note how long the disk had nothing demanded to read."""
+        if self._idle_since is not None:
+            pause = time.perf_counter() - self._idle_since
+            self._pause_s += (FORGETTING if self._pause_s else 1.0) * (pause - self._pause_s)
+            self._idle_since = None
+
+    def _read(self, layer: int, expert: int, slot: int) -> float:
+        """Read a record into a slot; how long it took, s."""
         started = time.perf_counter()
         form = self.store.read(layer, expert, self._slots[slot])
         if self.verify:
             self.store.check(layer, expert, self._slots[slot])
         self.counts.read_bytes += form.record_bytes
-        self.counts.read_s += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.counts.read_s += took
+        return took
 
     def _views(self, layer: int, expert: int, slot: int) -> dict[str, torch.Tensor]:
         return self.store.layers[layer].of(expert).views(self._slots[slot])
@@ -180,6 +264,7 @@ class ExpertCache:
     def close(self) -> None:
         """End the readers."""
         self._pool.shutdown(cancel_futures=True)
+        self._scout.shutdown(cancel_futures=True)
 
 
 def slot_bytes(store: ExpertStore) -> int:
@@ -204,3 +289,13 @@ def slots_in(store: ExpertStore, memory_bytes: int) -> int:
             fix="give more memory, or pack the model with fewer bits",
         )
     return slots
+
+
+def residents_in(store: ExpertStore, memory_bytes: int) -> int:
+    """How many experts may stay: the slots less a few for experts that come and go.
+
+    Raises:
+        RecipeError: as `slots_in`.
+    """
+    slots, every = slots_in(store, memory_bytes), sum(len(layer.offsets) for layer in store.layers.values())
+    return every if slots > every else slots - max(1, min(READERS, slots // PASSING_SHARE))

@@ -4,6 +4,7 @@ A policy never loads or frees anything. It is told what is needed, and asked whi
 one that comes in. One that answers None keeps them all: the newcomer is used and forgotten.
 """
 
-from moekit.serve.policies.base import POLICIES, Key, Policy, Sizes, policy_named
+from moekit.serve.policies.base import POLICIES, Key, Policy, Scored, Sizes, policy_named
+from moekit.serve.policies.residency import Decision, Residency
 
-__all__ = ["POLICIES", "Key", "Policy", "Sizes", "policy_named"]
+__all__ = ["POLICIES", "Decision", "Key", "Policy", "Residency", "Scored", "Sizes", "policy_named"]

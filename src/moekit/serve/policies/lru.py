@@ -1,25 +1,31 @@
-"""LRU: the expert that was not needed for longest goes, whatever its layer."""
+"""LRU: the expert that was not needed for longest goes, whatever its layer; every newcomer stays.
+
+Below one token cycle (L k experts) it has no hits at all: each expert goes just before its layer comes round again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import numpy as np
 
-from moekit.serve.policies.base import Key, Policy, Sizes
+from moekit.serve.policies.base import Scored, Sizes
+from moekit.serve.routes import Routes
 
 
-class Lru(Policy):
+class Lru(Scored):
     """Least recently used."""
 
-    def __init__(self, sizes: Sizes):
-        super().__init__(sizes)
+    always_admits = True
+
+    def __init__(self, sizes: Sizes, trace: Routes | None = None, future: Routes | None = None):
+        super().__init__(sizes, trace, future)
         self._time = 0
-        self._last: dict[Key, int] = {}
+        self._last = np.zeros((sizes.layers, sizes.experts), np.int64)
 
-    def used(self, key: Key) -> None:
+    def used(self, layer: int, experts: np.ndarray, counts: np.ndarray) -> None:
         """Note when."""
-        self._time += 1
-        self._last[key] = self._time
+        self._last[layer, experts] = self._time + 1 + np.arange(len(experts))
+        self._time += len(experts)
 
-    def victim(self, incoming: Key, resident: Collection[Key]) -> Key | None:
-        """The one whose last use lies farthest back."""
-        return min(resident, key=lambda key: (self._last.get(key, 0), key), default=None)
+    def scores(self, layer: int) -> np.ndarray:
+        """When it was needed last."""
+        return self._last

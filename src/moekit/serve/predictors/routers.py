@@ -1,0 +1,106 @@
+"""A model's routers, asked about hidden states; and what they are given as the model reads a trace's texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from moekit.errors import ModelError
+from moekit.families.model import Model
+from moekit.families.seam import RouterTap
+from moekit.layout import Layout
+from moekit.serve.routes import Routes
+from moekit.view import MoEView
+
+
+class Routers:
+    """The routers of a live model.
+
+    Args:
+        model: stock, with filled routers.
+        layout: its layout.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout):
+        self.view, self.layers = MoEView(model, layout), layout.routed
+        self.experts = max(x.num_experts for x in self.layers)
+
+    @torch.inference_mode()
+    def scores(self, layer: int, hidden_TD: torch.Tensor) -> np.ndarray:
+        """What a router thinks of its experts [T, E]: raw logits, those that it would choose above all others.
+
+        Raises:
+            ModelError: the router cannot be asked with hidden states alone.
+        """
+        moe = self.layers[layer]
+        tap = RouterTap(moe.router_width)
+        try:
+            with tap:
+                out = self.view.router(moe.index)(hidden_TD)
+            weights_TK, ids_TK = self.view.family.routing(out)
+        except TypeError as error:
+            raise ModelError(
+                "this family's routers need more than hidden states",
+                where=moe.router_path,
+                got=str(error)[:120],
+                fix="choose another predictor",
+            ) from None
+        logits_TE = torch.full((len(ids_TK), self.experts), -torch.inf)
+        if tap.logits is not None:
+            logits_TE[:, : moe.num_experts] = tap.logits.reshape(len(ids_TK), -1)[:, : moe.num_experts].float()
+        chosen = self.view.family.chosen(moe, ids_TK, weights_TK).long()
+        marks_TE = torch.zeros(len(ids_TK), self.experts + 1).scatter_(1, chosen.clamp_max(self.experts), 1e6)
+        return (logits_TE.clamp_min(-1e5) + marks_TE[:, :-1]).numpy()
+
+    @contextmanager
+    def watched(self, given: dict[int, torch.Tensor], chosen: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Note what the routers are given [T, D], and choose [T, K], by MoE layer, while the model runs."""
+        handles = []
+        for number, moe in enumerate(self.layers):
+
+            def note(_module: nn.Module, args: tuple, out: tuple, number: int = number) -> None:
+                given[number] = args[0].reshape(-1, args[0].shape[-1])
+                weights_TK, ids_TK = self.view.family.routing(out)
+                chosen[number] = self.view.family.chosen(self.layers[number], ids_TK, weights_TK)
+
+            handles.append(self.view.router(moe.index).register_forward_hook(note))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.inference_mode()
+def recorded(model: Model, routes: Routes, texts: int | None = None) -> tuple[Routes, Routers]:
+    """The same texts, read again by the model: with what its routers are given, and the choices of this very run.
+
+    Args:
+        model: from `moekit.open`; loaded as a whole.
+        routes: of a trace.
+        texts: at most so many, evenly spread; None: all.
+
+    Returns:
+        The routes with hidden states, and the routers.
+    """
+    if texts is not None and texts < len(routes.starts):
+        routes = routes.texts(np.unique(np.linspace(0, len(routes.starts) - 1, texts).round().astype(int)))
+    loaded = model.load(model.dtype)
+    routers = Routers(loaded, model.layout)
+    ids = np.full_like(routes.ids, routes.experts)
+    parts: dict[int, list[torch.Tensor]] = {number: [] for number in range(routes.layers)}
+    for start, end in zip(routes.starts, routes.ends, strict=True):
+        given: dict[int, torch.Tensor] = {}
+        chosen: dict[int, torch.Tensor] = {}
+        with routers.watched(given, chosen):
+            loaded(input_ids=torch.as_tensor(routes.tokens[start:end].astype(np.int64))[None], use_cache=False)
+        for number in range(routes.layers):
+            parts[number].append(given[number].clone())
+            own = chosen[number].numpy()
+            ids[start:end, number, : own.shape[1]] = np.minimum(own, routes.experts)
+    hidden = {number: torch.cat(x) for number, x in parts.items()}
+    return Routes(ids, routes.experts, routes.tokens, routes.starts, hidden), routers

@@ -1,0 +1,85 @@
+"""Reading ahead in the engine: hooks tell a predictor what runs, and the cache asks it for the next layer's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moekit.serve.cache import ExpertCache
+from moekit.serve.predictors.base import Predictor, Seen, top
+from moekit.serve.predictors.routers import Routers
+
+
+class Prefetcher:
+    """Connects a model that runs, a predictor, and a cache.
+
+    Args:
+        model: stock, run by an engine.
+        routers: of it.
+        cache: whose `predict` is set.
+        predictor: tells the next layer's experts.
+    """
+
+    def __init__(self, model: nn.Module, routers: Routers, cache: ExpertCache, predictor: Predictor):
+        self.predictor, self.routers = predictor, routers
+        self._numbers = {layer.index: number for number, layer in enumerate(routers.layers)}
+        self._counts = np.zeros((1, len(routers.layers), routers.experts), np.float32)
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._chosen: dict[int, torch.Tensor] = {}
+        self._last = np.full(2, -1, np.int64)
+        self._tokens = np.zeros((0, 3), np.int64)
+        self._watch = routers.watched(self._hidden, self._chosen)
+        self._watch.__enter__()
+        self._handle = model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
+        self._cache = cache
+        cache.predict = self.predict
+
+    def begin(self) -> None:
+        """A new text begins."""
+        self._counts[:] = 0
+        self._chosen.clear()
+        self._last[:] = -1
+
+    def predict(self, index: int) -> Sequence[int]:
+        """The next MoE layer's experts after decoder layer `index`, likeliest first."""
+        layer = self._numbers[index] + 1
+        if layer < self.predictor.first or layer - 1 not in self._chosen:
+            return []
+        ids = {number: x.numpy() for number, x in self._chosen.items() if number < layer}
+        seen = Seen(self._tokens, self._counts, ids, {n: x for n, x in self._hidden.items() if n < layer})
+        with torch.inference_mode():
+            scores_TE = self.predictor.scores(layer, seen)
+        count = self.routers.layers[layer].top_k + 1
+        order, votes = np.unique(top(scores_TE, count), return_counts=True)
+        total = scores_TE.sum(0)
+        known = self.routers.layers[layer].num_experts
+        return [int(x) for x in order[np.lexsort((-total[order], -votes))] if x < known]
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self._cache.predict = None
+        self._handle.remove()
+        self._watch.__exit__(None, None, None)
+
+    def _forward_begins(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+        experts = self._counts.shape[2]
+        for number, ids_TK in self._chosen.items():
+            flat = ids_TK.reshape(-1).long().numpy()
+            self._counts[0, number] += np.bincount(flat[flat < experts], minlength=experts)
+        self._chosen.clear()
+        self._hidden.clear()
+        ids_BS = kwargs["input_ids"].cpu().numpy()
+        width = ids_BS.shape[1]
+        if len(ids_BS) == 1:
+            line = np.concatenate([self._last, ids_BS[0]])
+            self._last = line[-2:].astype(np.int64)
+            self._tokens = np.stack([line[2:], line[1:-1], line[:-2]], 1)
+        else:  # several texts at once: what came before each is not followed
+            self._tokens = np.full((ids_BS.size, 3), -1, np.int64)
+            self._tokens[:, 0] = ids_BS.reshape(-1)
+            self._last = np.full(2, -1, np.int64)
+        assert len(self._tokens) == len(ids_BS) * width
