@@ -28,6 +28,7 @@ from moekit.families.family import family_of
 from moekit.families.resident import check_filled, empty_cache, put, skeleton
 from moekit.recipe import format_bytes, parse_bytes
 from moekit.serve.cache import Counts, ExpertCache, slot_bytes, slots_in
+from moekit.serve.calibrate import Kernels, calibrate, quicken_linears
 from moekit.serve.experts import run_from_store
 from moekit.serve.lossy import Losses, Lossy
 from moekit.serve.policies import Policy, Sizes, policy_named
@@ -88,6 +89,8 @@ class Engine:
         texts: that are kept at once, at most.
         kept_tokens: whose keys and values are kept at once, of all texts together; None: of one longest context.
         lossy: what may be left out to read less (`moekit.serve.lossy`); None: nothing.
+        exact: keep transformers' numbers bit for bit; False: multiply the same numbers by faster kernels, which sum in
+            another order (`moekit.serve.calibrate`). None: exact where the store is lossless.
 
     Raises:
         CheckpointError: the store is damaged.
@@ -105,6 +108,7 @@ class Engine:
         texts: int = 1,
         kept_tokens: int | None = None,
         lossy: Lossy | None = None,
+        exact: bool | None = None,
     ):
         self.store = store if isinstance(store, ExpertStore) else ExpertStore(store)
         self.layout, self.context = self.store.layout, context
@@ -116,6 +120,7 @@ class Engine:
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
         self._experts = run_from_store(self.model, self.layout, self._family)
+        self.kernels = self._calibrate(self.store.lossless if exact is None else exact)
         self.timing, self.telemetry = Timing(), Telemetry()
         budget = None if memory is None else parse_bytes(memory)
         self.cache = self._cache(slot_bytes(self.store) * 8, "lru", verify)
@@ -131,6 +136,14 @@ class Engine:
         """What a policy needs to know."""
         routed = self.layout.routed
         return Sizes(slots, len(routed), max(x.num_experts for x in routed), max(x.top_k for x in routed))
+
+    def _calibrate(self, exact: bool) -> Kernels:
+        if not self._family.by_contract:
+            return Kernels()
+        if not exact:
+            quicken_linears(self.model)
+        widths = {form.bits for layer in self.store.layers.values() for form in layer.forms}
+        return calibrate(self._experts.values(), widths, exact)
 
     def _cache(self, memory_bytes: int, policy: str | Policy, verify: bool) -> ExpertCache:
         sizes = self.sizes(slots_in(self.store, memory_bytes))
@@ -253,10 +266,11 @@ class Engine:
                 "attention_mask": (columns >= max(lengths) - lengths_B1).long(),
                 "position_ids": lengths_B1 + steps,
             }
-        stalled, started = self.cache.counts.stall_s, time.perf_counter()
+        counts, started = self.cache.counts, time.perf_counter()
+        stalled, read = counts.stall_s, counts.read_bytes
         out = self.model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
-        waited = self.cache.counts.stall_s - stalled
-        self.telemetry.forward(kind, ids_BS.numel(), time.perf_counter() - started, waited)
+        waited, read = counts.stall_s - stalled, counts.read_bytes - read
+        self.telemetry.forward(kind, ids_BS.numel(), time.perf_counter() - started, waited, read)
         return out.logits[:, -1]
 
     @property

@@ -19,10 +19,13 @@ from moekit.families.family import Family
 from moekit.families.resident import experts_run_by
 from moekit.layout import Layout
 from moekit.serve.cache import ExpertCache
-from moekit.serve.forms import product
+from moekit.serve.calibrate import Kernels, row_of, sizes_of
+from moekit.serve.forms import Held, product
 from moekit.serve.lossy import Losses
+from moekit.serve.store import Form
 
 IMPLEMENTATION = "moekit_stored"
+MOST_TOKENS = 64  # of a step that native kernels are asked about
 
 
 def stored_experts(
@@ -43,6 +46,11 @@ def stored_experts(
     losses: Losses | None = vars(experts).get("_moekit_losses")
     if losses is not None:
         ids_TK, weights_TK = losses.change(experts._moekit_layer, cache, hidden_TD, ids_TK, weights_TK)
+    kernels: Kernels | None = vars(experts).get("_moekit_kernels")
+    if kernels is not None and len(hidden_TD) <= MOST_TOKENS:
+        few = _few(experts, cache, kernels, hidden_TD, ids_TK, weights_TK)
+        if few is not None:
+            return few
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     outputs = experts.down_proj.shape[2 if experts.is_transposed else 1]
     up_rows = getattr(experts, up_name).shape[2 if experts.is_transposed else 1]
@@ -72,6 +80,60 @@ def stored_experts(
         rows = slice(starts[expert], starts[expert] + counts[expert])
         total.index_add_(0, all_tokens[rows], made[expert].to(total.dtype))
     return total.to(hidden_TD.dtype)
+
+
+def _few(
+    experts: nn.Module,
+    cache: ExpertCache,
+    kernels: Kernels,
+    hidden_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor | None:
+    """The weighted sum by native kernels; None where they do not pay, or cannot be used."""
+    native, stored, layer = kernels.native, cache.store.layers[experts._moekit_layer], experts._moekit_layer
+    most = min((kernels.takes(form.bits) for form in stored.forms), default=0)
+    if native is None or not most or hidden_TD.dtype != torch.bfloat16 or hidden_TD.device.type != "cpu":
+        return None
+    chosen = enumerate(zip(ids_TK.tolist(), weights_TK.tolist(), strict=True))
+    rows = [(e, token, w) for token, (ids, weights) in chosen for e, w in zip(ids, weights, strict=True)]
+    rows = sorted(x for x in rows if x[0] < experts.num_experts)
+    ends: dict[int, int] = {}
+    for end, (expert, _, _) in enumerate(rows, 1):
+        ends[expert] = end
+    if len(rows) > most * len(ends):
+        return None
+    needed, ranges, start = list(ends), {}, 0
+    for expert, end in ends.items():
+        ranges[expert] = (start, end)
+        start = end
+    tokens, x_TD = [token for _, token, _ in rows], hidden_TD.contiguous()
+    out_PD = torch.empty(len(rows), x_TD.shape[1])
+    sizes = sizes_of(experts)
+
+    def run(table: list[int], starts: list[int]) -> None:
+        native.experts(table, starts, tokens, x_TD, sizes, experts.has_gate, kernels.act, out_PD, kernels.threads)
+
+    at_once = all(cache.holds(layer, expert) for expert in needed)
+    tables: dict[int, list[int]] = {}
+    for expert, held in cache.run(layer, needed):
+        row = _row(held, stored.of(expert), experts.has_gate)
+        if at_once:
+            tables[expert] = row
+        else:
+            run(row, list(ranges[expert]))
+    if at_once:
+        run([x for expert in needed for x in tables[expert]], [0, *ends.values()])
+    return native.combine(out_PD, tokens, [w for _, _, w in rows], len(x_TD))
+
+
+def _row(tensors: dict[str, torch.Tensor], form: Form, gated: bool) -> list[int]:
+    """What native kernels need to know of an expert, found once for as long as it lies where it does."""
+    if not isinstance(tensors, Held):
+        return row_of(tensors, form.bits, form.group_size, gated)
+    if tensors.row is None:
+        tensors.row = row_of(tensors, form.bits, form.group_size, gated)
+    return tensors.row
 
 
 def run_from_store(model: nn.Module, layout: Layout, family: Family) -> dict[int, nn.Module]:

@@ -5,9 +5,10 @@
      4   q = round(W / s), s = max |W| / 7 for each group of columns of an output row; stored with 8 added
 
 Few rows (decoding) are multiplied by the packed numbers; many (a prompt) by numbers unpacked once, since a matrix
-product is then cheaper by far than reading nibbles again for each row. Four-bit numbers lie as the CPU kernel of torch
-has them on AVX-512: blocks of 64 output rows, for each column 32 bytes, row n in the low and row n + 32 in the high
-half; a CPU without that kernel unpacks them.
+product is then cheaper by far than reading nibbles again for each row (where few ends is measured: see
+moekit.serve.calibrate). Four-bit numbers lie as the CPU kernel of torch has them on AVX-512: blocks of 64 output rows,
+for each column 32 bytes, row n in the low and row n + 32 in the high half; on a CPU without that kernel, and without
+our own (moekit.serve.native), they are unpacked.
 
 Symbols: N rows, I input columns, O output rows, G groups.
 """
@@ -23,7 +24,17 @@ from torch.nn.functional import linear, pad
 BITS = (4, 8, 16)
 GROUP_SIZE = 64
 BLOCK_ROWS = 64
-FEW_ROWS = 8  # up to here packed numbers are multiplied as they are; see benchmarks/decode.py
+FEW_ROWS = {8: 8, 4: 8}  # by bits: up to here packed numbers are multiplied as they lie; measured by `calibrate`
+
+
+class Held(dict[str, torch.Tensor]):
+    """One expert's tensors by name, as its record holds them, where they lie.
+
+    Attributes:
+        row: what native kernels need to know of them, once they have asked.
+    """
+
+    row: list[int] | None = None
 
 
 def packed_expert(tensors: dict[str, torch.Tensor], bits: int, transposed: bool) -> tuple[int, dict[str, torch.Tensor]]:
@@ -123,8 +134,9 @@ def product(
         out = torch.matmul(x_NI, weight)
         return out if bias is None else out + bias
     q, scale = tensors[name + ".q"], tensors[name + ".scale"]
-    if len(x_NI) <= FEW_ROWS and x_NI.dtype == scale.dtype == torch.bfloat16 and has_kernel():
-        if q.dtype == torch.int8:
+    bits = 8 if q.dtype == torch.int8 else 4
+    if len(x_NI) <= FEW_ROWS[bits] and x_NI.dtype == scale.dtype == torch.bfloat16 and has_kernel():
+        if bits == 8:
             out = torch.ops.aten._weight_int8pack_mm(x_NI, q, scale)
         else:
             group = 2 * q.shape[1] // len(scale)
