@@ -27,11 +27,13 @@ from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
 from moekit.families.resident import check_filled, empty_cache, put, skeleton
 from moekit.recipe import format_bytes, parse_bytes
-from moekit.serve.cache import Counts, ExpertCache, slot_bytes, slots_in
+from moekit.serve.cache import Counts, ExpertCache, residents_in, slot_bytes, slots_in
 from moekit.serve.calibrate import Kernels, calibrate, quicken_linears
 from moekit.serve.experts import run_from_store
 from moekit.serve.lossy import Losses, Lossy
-from moekit.serve.policies import Policy, Sizes, policy_named
+from moekit.serve.policies import Policy, Sizes
+from moekit.serve.prefetch import Prefetcher, chosen_policy, predictor_of
+from moekit.serve.routes import Routes
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import ExpertStore
 from moekit.serve.telemetry import Telemetry
@@ -83,7 +85,9 @@ class Engine:
     Args:
         store: a folder that `moekit pack` made, or an open store.
         memory: of the whole process, as "2GiB" or bytes; None: as much as all experts need.
-        policy: name of a cache policy, or one made for the sizes that `Engine.sizes` gives.
+        policy: name of a cache policy, "auto" for the one that does best on the trace, or one made for `Engine.sizes`.
+        predictor: name of what tells the next layer's experts, which are then read ahead; "none".
+        trace: a folder that `moekit trace --tokens` made, from which policy and predictor learn beforehand.
         context: tokens of prompt and answer together, at most.
         verify: compare each record's checksum when it is read.
         texts: that are kept at once, at most.
@@ -102,7 +106,9 @@ class Engine:
         store: str | Path | ExpertStore,
         *,
         memory: str | int | None = None,
-        policy: str = "lru",
+        policy: str | Policy = "reuse",
+        predictor: str = "none",
+        trace: str | Path | None = None,
         context: int = 2048,
         verify: bool = True,
         texts: int = 1,
@@ -123,11 +129,14 @@ class Engine:
         self.kernels = self._calibrate(self.store.lossless if exact is None else exact)
         self.timing, self.telemetry = Timing(), Telemetry()
         budget = None if memory is None else parse_bytes(memory)
+        routes = None if trace is None else Routes.of(trace)
         self.cache = self._cache(slot_bytes(self.store) * 8, "lru", verify)
         per_token, per_text, work = self._probe()
+        told = predictor_of(predictor, self.model, self.layout, routes, lambda ids_1T: self.logits(ids_1T[0]))
         self.cache.close()
         self.memory = self._divide(budget, per_token * self.kept_tokens + per_text * texts, work)
-        self.cache = self._cache(self.memory.experts, policy, verify)
+        self.cache = self._cache(self.memory.experts, policy, verify, routes)
+        self.prefetcher = None if told is None else Prefetcher(self.model, told[1], self.cache, told[0])
         self.losses = None if lossy is None else Losses(lossy, MoEView(self.model, self.layout))
         for experts in self._experts.values():
             experts._moekit_losses = self.losses
@@ -145,9 +154,11 @@ class Engine:
         widths = {form.bits for layer in self.store.layers.values() for form in layer.forms}
         return calibrate(self._experts.values(), widths, exact)
 
-    def _cache(self, memory_bytes: int, policy: str | Policy, verify: bool) -> ExpertCache:
-        sizes = self.sizes(slots_in(self.store, memory_bytes))
-        made = policy_named(policy, sizes) if isinstance(policy, str) else policy
+    def _cache(
+        self, memory_bytes: int, policy: str | Policy, verify: bool, routes: Routes | None = None
+    ) -> ExpertCache:
+        sizes = self.sizes(residents_in(self.store, memory_bytes))
+        made = chosen_policy(policy, sizes, routes) if isinstance(policy, str) else policy
         cache = ExpertCache(self.store, memory_bytes, made, verify)
         for index, experts in self._experts.items():
             experts._moekit_cache, experts._moekit_layer, experts._moekit_family = cache, index, self._family
@@ -222,6 +233,7 @@ class Engine:
         settings = sampling or Sampling()
         generator = torch.Generator().manual_seed(settings.seed)
         past, ends = empty_cache(self.model), self.ends
+        self.begin()
         self.timing = Timing()
         stalled, started = self.cache.counts.stall_s, time.perf_counter()
         for part in torch.as_tensor(ids).split(CHUNK_TOKENS):
@@ -279,6 +291,12 @@ class Engine:
         found = self.model.generation_config.eos_token_id
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
+    def begin(self) -> None:
+        """Tell policy and predictor that a new text begins."""
+        self.cache.begin()
+        if self.prefetcher is not None:
+            self.prefetcher.begin()
+
     def forget(self) -> None:
         """Begin telemetry and the cache's counts anew; what is in memory stays."""
         self.timing, self.telemetry = Timing(), Telemetry()
@@ -288,6 +306,8 @@ class Engine:
         """End the readers and close the files."""
         if self.losses is not None:
             self.losses.close()
+        if self.prefetcher is not None:
+            self.prefetcher.close()
         self.cache.close()
         self.store.close()
 

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from moekit.errors import DataError, ModelError
+from moekit.layout import Layout
 from moekit.serve.cache import ExpertCache
-from moekit.serve.predictors.base import Predictor, Seen, top
-from moekit.serve.predictors.routers import Routers
+from moekit.serve.policies import Policy, Sizes, policy_named
+from moekit.serve.predictors.base import Predictor, Seen, predictor_named, top
+from moekit.serve.predictors.routers import Routers, record
+from moekit.serve.routes import Routes
+from moekit.serve.simulate import best_policy
+
+TRAINING_TOKENS = 4096  # that the engine reads to train a predictor on what routers are given
+AUTO = "auto"
+
+
+def chosen_policy(name: str, sizes: Sizes, trace: Routes | None) -> Policy:
+    """A policy by its name; "auto": the one that does best on the trace.
+
+    Raises:
+        DataError: the trace is of a model of another shape.
+        RecipeError: no such policy, or it needs a trace.
+    """
+    if trace is not None and (trace.layers, trace.experts, trace.top_k) != (sizes.layers, sizes.experts, sizes.top_k):
+        raise DataError(
+            "the trace is of another model",
+            expected=f"{sizes.layers} MoE layers of {sizes.experts} experts, top-{sizes.top_k}",
+            got=f"{trace.layers} of {trace.experts}, top-{trace.top_k}",
+            fix="record a trace of this model",
+        )
+    if name == AUTO:
+        name = "reuse" if trace is None else best_policy(trace, sizes.slots)
+    return policy_named(name, sizes, trace)
+
+
+def predictor_of(
+    name: str, model: nn.Module, layout: Layout, trace: Routes | None, run: Callable[[torch.Tensor], object]
+) -> tuple[Predictor, Routers] | None:
+    """A predictor for a model that runs, trained where it must be; None for "none".
+
+    Args:
+        name: one of `PREDICTORS`, or "none".
+        model: stock, with filled routers.
+        layout: its layout.
+        trace: routes of texts like those that will be run.
+        run: runs the model on token ids [1, T].
+
+    Raises:
+        RecipeError: no such predictor, or it needs a trace.
+        ModelError: the family's experts are not run by the contract of transformers.
+    """
+    if name == "none":
+        return None
+    if any(layer.num_experts != layout.routed[0].num_experts for layer in layout.routed):
+        raise ModelError("reading ahead is for models whose layers have equally many experts", where="predictor")
+    routers = Routers(model, layout)
+    if name == "pregate" and trace is not None:
+        trace = record(routers, trace.spread(TRAINING_TOKENS), run)
+    return predictor_named(name, trace, routers), routers
 
 
 class Prefetcher:

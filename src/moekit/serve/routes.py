@@ -106,6 +106,13 @@ class Routes:
         every = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return Routes(self.ids[every], self.experts, self.tokens[every], np.cumsum([0, *lengths[:-1]]))
 
+    def spread(self, tokens: int) -> Routes:
+        """About so many tokens, of texts evenly spread; all where there are no more."""
+        count = max(1, round(len(self.starts) * tokens / max(1, len(self.ids))))
+        if count >= len(self.starts):
+            return self
+        return self.texts(np.linspace(0, len(self.starts) - 1, count).round().astype(int))
+
     def check_like(self, other: Routes) -> None:
         """Refuse routes of a model of another shape.
 

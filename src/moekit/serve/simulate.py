@@ -18,12 +18,12 @@ Symbols: T tokens, L MoE layers, E experts, K chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from moekit.errors import RecipeError
+from moekit.errors import DataError, RecipeError
 from moekit.serve.policies import POLICIES, Policy, Residency, Sizes, policy_named
 from moekit.serve.predictors.base import Predictor, Seen, top
 from moekit.serve.predictors.flow import context
@@ -31,6 +31,7 @@ from moekit.serve.routes import Routes
 
 AHEAD = 3  # experts read ahead at once: as many as the engine has slots for
 BOUND = "belady"
+REPLAYED = 50_000  # experts asked for, where a policy is chosen
 
 
 @dataclass(frozen=True)
@@ -263,14 +264,20 @@ def usable_policies(trace: Routes | None) -> list[str]:
     return [*names, BOUND]
 
 
-def best_policy(routes: Routes, slots: int, names: Sequence[str] | None = None) -> str:
-    """The online policy with the most hits on these routes: what `policy="auto"` runs with.
+def best_policy(routes: Routes, slots: int) -> str:
+    """The policy with the most hits on every other text of a trace, having learned from the rest.
 
     Args:
-        routes: of texts like those that will be run.
+        routes: of texts like those that will be run; of a long trace some texts, evenly spread, are replayed.
         slots: experts that may stay.
-        names: to choose from; None: all that need neither trace nor future.
+
+    Raises:
+        DataError: a trace of one text only.
     """
-    machine = Machine(1)
-    choice = names or [name for name in usable_policies(None) if name != BOUND]
-    return max(choice, key=lambda name: simulate(routes, name, slots, machine).hit_rate)
+    if len(routes.starts) < 2:
+        raise DataError("a policy is chosen from several texts", got="a trace of one", fix="record more texts")
+    texts = np.arange(len(routes.starts))
+    known, replayed = routes.texts(texts[::2]), routes.texts(texts[1::2])
+    replayed = replayed.spread(REPLAYED // (routes.layers * routes.top_k))
+    choice = [name for name in usable_policies(known) if name != BOUND]
+    return max(choice, key=lambda name: simulate(replayed, name, slots, Machine(1), trace=known).hit_rate)

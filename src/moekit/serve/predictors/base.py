@@ -83,13 +83,8 @@ class Predictor(ABC):
                 "hidden": "a trace of the model on other texts, and the model to record what its routers are given",
                 "routers": "the model, whose routers it asks",
             }[self.needs]
-            fix = {
-                "trace": "give a trace (--trace)",
-                "hidden": "give a trace and the model",
-                "routers": "give the model",
-            }
             raise RecipeError(
-                "this predictor lacks what it is made of", where=WHERE, expected=expected, fix=fix[self.needs]
+                "this predictor lacks what it is made of", where=WHERE, expected=expected, fix=f"give {expected}"
             )
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Flow: a small learned model tells all layers' experts from the token ids alone, before layer 0 runs.
 
-    p [L, E] = sigmoid(W_2 gelu(W_1 [e(x_t); e'(x_(t-1)); e''(x_(t-2))]))      trained by binary cross-entropy on a trace
+    p [L, E] = sigmoid(W_2 gelu(W_1 [e(x_t); e'(x_(t-1)); e''(x_(t-2))]))      by binary cross-entropy on a trace
 
 x_t     the token that runs; x_(t-1), x_(t-2) the two before it
 e       embeddings learned along with it, of the tokens that the trace has; all others share one

@@ -57,7 +57,7 @@ def _given(trace: Routes, layer: int) -> np.ndarray:
 
 
 def _pairs(trace: Routes, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each pair (b, a) [E + 1, E + 1], and rows of counts [rows, E + 1] with the pair's own last; row 0: none."""
+    """Row of each pair (b, a) [E + 1, E + 1], row 0: none; counts [rows, E + 1], the pair's own last."""
     side = trace.experts + 1
     before, last = trace.ids[:, layer - 2].astype(np.int64), trace.ids[:, layer - 1].astype(np.int64)
     codes_TKK = before[:, :, None] * side + last[:, None, :]

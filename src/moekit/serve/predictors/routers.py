@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -75,7 +75,6 @@ class Routers:
                 handle.remove()
 
 
-@torch.inference_mode()
 def recorded(model: Model, routes: Routes, texts: int | None = None) -> tuple[Routes, Routers]:
     """The same texts, read again by the model: with what its routers are given, and the choices of this very run.
 
@@ -91,16 +90,28 @@ def recorded(model: Model, routes: Routes, texts: int | None = None) -> tuple[Ro
         routes = routes.texts(np.unique(np.linspace(0, len(routes.starts) - 1, texts).round().astype(int)))
     loaded = model.load(model.dtype)
     routers = Routers(loaded, model.layout)
+    return record(routers, routes, lambda ids_1T: loaded(input_ids=ids_1T, use_cache=False)), routers
+
+
+@torch.inference_mode()
+def record(routers: Routers, routes: Routes, run: Callable[[torch.Tensor], object]) -> Routes:
+    """The same texts as `run` reads them, with what the routers are given.
+
+    Args:
+        routers: of the model that `run` runs.
+        routes: the texts.
+        run: given the token ids of a text [1, T].
+    """
     ids = np.full_like(routes.ids, routes.experts)
     parts: dict[int, list[torch.Tensor]] = {number: [] for number in range(routes.layers)}
     for start, end in zip(routes.starts, routes.ends, strict=True):
         given: dict[int, torch.Tensor] = {}
         chosen: dict[int, torch.Tensor] = {}
         with routers.watched(given, chosen):
-            loaded(input_ids=torch.as_tensor(routes.tokens[start:end].astype(np.int64))[None], use_cache=False)
+            run(torch.as_tensor(routes.tokens[start:end].astype(np.int64))[None])
         for number in range(routes.layers):
             parts[number].append(given[number].clone())
             own = chosen[number].numpy()
             ids[start:end, number, : own.shape[1]] = np.minimum(own, routes.experts)
     hidden = {number: torch.cat(x) for number, x in parts.items()}
-    return Routes(ids, routes.experts, routes.tokens, routes.starts, hidden), routers
+    return Routes(ids, routes.experts, routes.tokens, routes.starts, hidden)
