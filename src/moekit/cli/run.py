@@ -74,16 +74,15 @@ def _steered(engine: Engine, plan: Path | None) -> Any:
 
 def _answer(engine: Engine, tokenizer: Any, ids: list[int], max_tokens: int, sampling: Sampling) -> str:
     """Write an answer on the screen as it comes; what is not whole characters yet waits."""
-    written: list[int] = []
-    shown = ""
+    from moekit.serve.text import TextStream
+
+    stream, said = TextStream(tokenizer), []
     for token in engine.stream(ids, max_tokens, sampling):
-        written.append(token)
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            typer.echo(text[len(shown) :], nl=False)
-            shown = text
-    typer.echo(tokenizer.decode(written, skip_special_tokens=True)[len(shown) :])
-    return tokenizer.decode(written, skip_special_tokens=True)
+        said.append(stream.push(token))
+        typer.echo(said[-1], nl=False)
+    said.append(stream.finish())
+    typer.echo(said[-1])
+    return "".join(said)
 
 
 def _talk(engine: Engine, tokenizer: Any, max_tokens: int, sampling: Sampling) -> None:
@@ -97,19 +96,30 @@ def _talk(engine: Engine, tokenizer: Any, max_tokens: int, sampling: Sampling) -
 
 
 def _tell(engine: Engine) -> None:
+    """Where time and memory went, since the start."""
     from moekit.recipe import format_bytes
 
-    timing, counts, memory = engine.timing, engine.cache.counts, engine.memory
-    tokens = sorted(timing.token_s)
-    screen = console()
-    if tokens:
-        total = sum(tokens)
+    told, counts, memory = engine.telemetry, engine.cache.counts, engine.memory
+    screen, written = console(), told.tokens["decode"]
+    if told.first.count:
         screen.print(
-            f"{len(tokens) / total:.1f} tokens/s (median {1e3 * tokens[len(tokens) // 2]:.0f} ms, "
-            f"slowest {1e3 * tokens[-1]:.0f} ms); prompt {timing.prefill_s:.2f} s; "
-            f"waited for the disk {timing.stall_s:.2f} s"
+            f"first token after {told.first.sum_s / told.first.count:.2f} s; "
+            f"prompt {told.tokens['prefill'] / told.forward_s['prefill']:.0f} tokens/s"
         )
+    if written:
+        times = "  ".join(f"p{100 * share:.0f} {1e3 * x:.1f} ms" for share, x in told.token.quantiles().items())
+        screen.print(f"{written / told.forward_s['decode']:.1f} tokens/s: {times} a token")
+    if told.total_s:
+        stalled = sum(told.stall_s.values())
+        screen.print(
+            f"time: {told.compute_s / told.total_s:.0%} computing, {stalled / told.total_s:.0%} waiting for the disk "
+            f"({stalled:.2f} s); readers were busy for {counts.read_s:.2f} s"
+        )
+    a_token = f"{format_bytes(told.read_bytes['decode'] / written)} a token; " if written else ""
     screen.print(
-        f"{counts.hit_rate:.0%} of experts found in memory, {format_bytes(counts.read_bytes)} read; "
+        f"{counts.hit_rate:.0%} of experts found in memory; {format_bytes(counts.read_bytes)} read, {a_token}"
         f"{memory.slots} places for experts ({format_bytes(memory.experts)}) of {format_bytes(memory.budget)}"
     )
+    pairs = zip(engine.cache.indices, counts.hits, counts.misses, strict=True)
+    rates = "  ".join(f"{layer}: {hits / (hits + misses):.0%}" for layer, hits, misses in pairs if hits + misses)
+    screen.print(f"found, by layer: {rates}", soft_wrap=True)

@@ -48,6 +48,7 @@ class Telemetry:
     Attributes:
         forward_s: in forwards, by what ran: "prefill" or "decode".
         stall_s: of it, waiting for the disk.
+        read_bytes: from the disk meanwhile.
         tokens: that forwards have run, by the same kinds (of decoding: tokens written).
         forwards: their number, by kind.
         first: from a request's arrival to its first token, queue included.
@@ -57,20 +58,27 @@ class Telemetry:
 
     forward_s: Counter[str] = field(default_factory=Counter)
     stall_s: Counter[str] = field(default_factory=Counter)
+    read_bytes: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     forwards: Counter[str] = field(default_factory=Counter)
     first: Times = field(default_factory=Times)
     token: Times = field(default_factory=Times)
     finished: Counter[str] = field(default_factory=Counter)
 
-    def forward(self, kind: str, tokens: int, seconds: float, stall_s: float) -> None:
+    def forward(self, kind: str, tokens: int, seconds: float, stall_s: float, read_bytes: int) -> None:
         """Note a forward."""
         self.forwards[kind] += 1
         self.tokens[kind] += tokens
         self.forward_s[kind] += seconds
         self.stall_s[kind] += stall_s
+        self.read_bytes[kind] += read_bytes
+
+    @property
+    def total_s(self) -> float:
+        """In forwards."""
+        return sum(self.forward_s.values())
 
     @property
     def compute_s(self) -> float:
         """In forwards, without waiting for the disk."""
-        return sum(self.forward_s.values()) - sum(self.stall_s.values())
+        return self.total_s - sum(self.stall_s.values())
