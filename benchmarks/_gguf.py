@@ -2,7 +2,7 @@
 
     write_gguf(model_folder, "model.gguf", quant="q4_0")
 
-Needs the extra `bench`. Qwen2-MoE and Qwen3-MoE; no tokenizer: benchmarks give token ids. As llama.cpp's own
+Needs the extra `bench`. Qwen2-MoE, Qwen3-MoE and Mixtral; no tokenizer: benchmarks give token ids. As llama.cpp's own
 quantiser does, routers and norms stay in float32, and in "q4_0" the output matrix has 8 bits (q8_0).
 
 llama.cpp's graph of Qwen2-MoE never makes the weights of the chosen experts sum to 1, whatever `norm_topk_prob` says:
@@ -21,7 +21,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-ARCHITECTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 QUANTS = {"bf16": (Type.BF16, Type.BF16), "q4_0": (Type.Q4_0, Type.Q8_0)}  # weights, output
 FILE_TYPES = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}
 OF_LAYER = {
@@ -50,7 +50,7 @@ def write_gguf(model_folder: str | Path, out: str | Path, quant: str = "q4_0") -
     """Write a checkpoint as GGUF; nothing stands at `out` before all is written.
 
     Args:
-        model_folder: a stock checkpoint of Qwen2-MoE or Qwen3-MoE.
+        model_folder: a stock checkpoint of Qwen2-MoE, Qwen3-MoE or Mixtral.
         out: the file to make.
         quant: "bf16" (every number kept) or "q4_0".
 
@@ -82,6 +82,7 @@ def write_gguf(model_folder: str | Path, out: str | Path, quant: str = "q4_0") -
 def _write_settings(writer: gguf.GGUFWriter, config: transformers.PretrainedConfig) -> None:
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    mixtral = config.model_type == "mixtral"
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -94,9 +95,9 @@ def _write_settings(writer: gguf.GGUFWriter, config: transformers.PretrainedConf
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_expert_count(config.num_experts)
+    writer.add_expert_count(config.num_local_experts if mixtral else config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_feed_forward_length(config.intermediate_size if mixtral else config.moe_intermediate_size)
     if config.model_type == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_tokenizer_model("no_vocab")
@@ -120,4 +121,11 @@ def _tensors(model: transformers.PreTrainedModel, quant: str) -> Iterator[tuple[
         for key, x in mine.items():
             path, _, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "weight")
             name, plain = OF_LAYER[path], x.dim() == 1 or path == "mlp.gate"
+            if config.model_type == "mixtral" and name in ("attn_q", "attn_k"):
+                x = _neighbours(x, config.num_attention_heads if name == "attn_q" else config.num_key_value_heads)
             yield f"{block}{name}.{kind}", Type.F32 if plain else weights, x
+
+
+def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows in the order of llama.cpp's rotary embedding of Llama's kind: the two numbers of a pair side by side."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

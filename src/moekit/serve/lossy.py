@@ -125,7 +125,7 @@ class Losses:
     def __init__(self, settings: Lossy, view: MoEView):
         if not view.family.by_contract:
             raise ModelError("lossy settings are not made for this family", got=view.layout.family)
-        self.settings, self.lost = settings, Lost()
+        self.settings, self.lost, self._view = settings, Lost(), view
         self._layers = view.layout.by_index
         self._stack = ExitStack()
         self._odp = (
@@ -136,6 +136,12 @@ class Losses:
             rows_ED = router_rows(view.router(layer.index), layer)
             rows_ED = torch.nn.functional.normalize(rows_ED - rows_ED.mean(0), dim=1)
             self._similar[layer.index] = (rows_ED @ rows_ED.T).argsort(1, descending=True).tolist()
+
+    def attach(self) -> Losses:
+        """Be asked by the model's experts from now on, instead of others."""
+        for layer in self._view.layout.routed:
+            self._view.experts(layer.index)._moekit_losses = self
+        return self
 
     def change(
         self, index: int, cache: ExpertCache, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -199,7 +205,9 @@ class Losses:
         return next((e for e in self._similar[index][expert] if e not in chosen and cache.holds(index, e)), None)
 
     def close(self) -> None:
-        """Take away what a plan put into the model."""
+        """Be asked no more, and take away what a plan put into the model."""
+        for layer in self._view.layout.routed:
+            self._view.experts(layer.index)._moekit_losses = None
         self._stack.close()
 
 
