@@ -19,8 +19,9 @@ import torch
 
 from moekit.errors import RecipeError
 from moekit.recipe import format_bytes
+from moekit.serve.forms import Held
 from moekit.serve.policies import Decision, Key, Policy, Residency
-from moekit.serve.store import ExpertStore
+from moekit.serve.store import ExpertStore, Form
 
 READERS = 4  # reads in flight: what one needs for the disk's full speed, and no more memory than that
 PASSING_SHARE = 8  # one in so many slots is for experts that come and go, up to READERS
@@ -85,6 +86,7 @@ class ExpertCache:
         self._free = list(range(total))
         self._residency = Residency(policy, residents_in(store, memory_bytes))
         self._resident: dict[Key, int] = {}
+        self._held: list[tuple[Form, Held] | None] = [None] * total  # by slot: views of it, made once
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moekit-read")
         self.counts = Counts([0] * len(self.indices), [0] * len(self.indices))
         self.predict: Callable[[int], Sequence[int]] | None = None
@@ -259,7 +261,11 @@ class ExpertCache:
         return took
 
     def _views(self, layer: int, expert: int, slot: int) -> dict[str, torch.Tensor]:
-        return self.store.layers[layer].of(expert).views(self._slots[slot])
+        form = self.store.layers[layer].of(expert)
+        held = self._held[slot]
+        if held is None or held[0] is not form:
+            held = self._held[slot] = (form, Held(form.views(self._slots[slot])))
+        return held[1]
 
     def close(self) -> None:
         """End the readers."""
