@@ -17,7 +17,7 @@ measured, not what was hoped for. Everything was run on text alone, on a CPU. Ro
 settings of the family's config.
 
 Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, {ids} watched, {drops} cut,
-{streams} streamed, {steers} steered.
+{streams} streamed, {steers} steered, {runs} run from a store.
 
 - **reads**: layers, experts, k, groups, biases, shared experts and sizes are those of the stock model, and the tensors
   found on disk with their expert axes are exactly those that change when the config asks for more experts.
@@ -36,6 +36,9 @@ Of {total} lines, {reads} are read, {writes} written back, {permutes} permuted, 
 - **steers**: an expert that is forced is among every token's experts; one that is banned from a place on is used by no
   token from there, and what comes before is as it was; a bias makes its expert chosen more often; swapping experts is
   what renumbering their weights is; tokens that an edit is not for are routed as without it, bit for bit.
+- **runs**: packed in bf16 and run from the store in chunks with a cache of keys and values, the logits are those of
+  stock eager experts in the same chunks, bit for bit (Llama 4: to 2%, for stock multiplies all tokens with all experts
+  at once).
 
 "refused" is a clear error that gives the reason in the last column. Families whose experts do not follow the contract
 are refused as a whole, among them {refused}.
@@ -48,7 +51,7 @@ def page(rows: list[str], version: str = transformers.__version__) -> str:
     """docs/families.md, as proven with a version of transformers."""
     verdicts = [line.strip("| ").split(" | ")[4:] for line in rows]
     count = [sum(x[i] == "yes" for x in verdicts) for i in range(len(PROOFS))]
-    names = ("reads", "writes", "permutes", "ids", "drops", "streams", "steers")
+    names = ("reads", "writes", "permutes", "ids", "drops", "streams", "steers", "runs")
     numbers = dict(zip(names, count, strict=True))
     refused = ", ".join(NO_CONTRACT)
     head = HEAD.format(refused=refused, total=len(rows), version=".".join(version.split(".")[:2]), **numbers)

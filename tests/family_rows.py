@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from family_proofs import NOTES, Specimen, disk_form, drops, ids_agree, permutes, reads, streams, writes_back
+from serve_proofs import runs
 from steer_proofs import steers
 
 PROOFS = {
@@ -13,6 +14,7 @@ PROOFS = {
     "drops": drops,
     "streams": streams,
     "steers": steers,
+    "runs": runs,
 }
 
 
