@@ -32,7 +32,7 @@ from typing import Literal, get_args
 import torch
 
 from moekit.decoding.loop import Branch, Runner, decode
-from moekit.decoding.pathways import Pathway, answer_loss, overriding, read
+from moekit.decoding.pathways import Answers, Pathway, overriding, read
 from moekit.decoding.references import References
 from moekit.errors import DataError, ModelError, RecipeError
 from moekit.layout import MoELayer
@@ -178,32 +178,29 @@ class Pathfinder:
     def _core(self, mine: Pathway, new: Pathway) -> Pathway:
         return {index: core(own, new[index], self.settings.experts) for index, own in mine.items()}
 
-    def _losses(self, pathways: Pathway, near: torch.Tensor) -> torch.Tensor:
-        """Loss of each neighbour's answer; pathways [M, k, E] give [M, k]."""
-        first = next(iter(pathways.values()))
-        count = first.shape[0]
-        rows = near.tolist() * count
-        prompts, answers = ([of[row] for row in rows] for of in (self.references.prompts, self.references.answers))
-        device = self.runner.model.get_input_embeddings().weight.device
-        flat = {index: x.flatten(0, 1).to(device) for index, x in pathways.items()}
-        return answer_loss(self.runner.model, self.view, flat, prompts, answers).view(count, len(near))
+    def _answers(self, near: torch.Tensor) -> Answers:
+        prompts, answers = (
+            [of[row] for row in near.tolist()] for of in (self.references.prompts, self.references.answers)
+        )
+        return Answers(self.runner.model, self.view, prompts, answers)
 
-    def _loss(self, pathway: Pathway, near: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-        """L of one pathway, or of several [M, E] at once: [M]."""
-        several = {index: x.reshape(-1, 1, x.shape[-1]).expand(-1, len(near), -1) for index, x in pathway.items()}
-        return self._losses(several, near) @ weights_N.to(next(iter(several.values())).device)
+    def _loss(self, pathway: Pathway, answers: Answers, weights_N: torch.Tensor) -> torch.Tensor:
+        """L of one pathway, nats a token."""
+        each = {index: x.expand(len(weights_N), -1) for index, x in pathway.items()}
+        losses_N = answers.losses(each)
+        return losses_N @ weights_N.to(losses_N.device)
 
     def _interpolated(self, mine: Pathway, near: torch.Tensor, weights_N: torch.Tensor) -> Found:
         mean = {index: regressed(self.references, near, weights_N, index) for index in mine}
         target = self._core(mine, mean)
-        share_M1 = torch.linspace(0, 1, GRID + 1)[:, None]
-        tried = {index: share_M1 * target[index] + (1 - share_M1) * own for index, own in mine.items()}
-        with torch.no_grad():
-            losses = self._loss(tried, near, weights_N)
-        best = int(losses.argmin())
-        return Found(
-            {index: x[best] for index, x in tried.items()}, near.tolist(), (float(losses[0]), float(losses[best]))
-        )
+        answers = self._answers(near)
+        tried, losses = [], []
+        for step in range(GRID + 1):
+            tried.append({index: own + step / GRID * (target[index] - own) for index, own in mine.items()})
+            with torch.no_grad():
+                losses.append(float(self._loss(tried[-1], answers, weights_N)))
+        best = min(range(GRID + 1), key=losses.__getitem__)
+        return Found(tried[best], near.tolist(), (losses[0], losses[best]))
 
     def _densest(self, mine: Pathway, embedding: torch.Tensor, near: torch.Tensor) -> Found:
         similar_N = self.references.directions @ self.references.direction(embedding)
@@ -217,10 +214,11 @@ class Pathfinder:
         settings = self.settings
         point = {index: own.clone() for index, own in mine.items()}
         history: list[float] = []
+        answers = self._answers(near)
         for step in range(settings.steps + 1):
             leaves = {index: x.clone().requires_grad_() for index, x in point.items()}
             with torch.enable_grad():
-                loss = self._loss(self._core(mine, leaves), near, weights_N)[0]
+                loss = self._loss(self._core(mine, leaves), answers, weights_N)
             history.append(float(loss.detach()))
             if step == settings.steps:
                 break

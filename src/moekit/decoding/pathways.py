@@ -9,12 +9,14 @@ Symbols: N tokens, T tokens of a forward, E experts, W rows of the router (E or 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from moekit.families.resident import empty_cache
 from moekit.families.seam import Call, Observer
 from moekit.layout import MoELayer
 from moekit.view import MoEView
@@ -106,41 +108,65 @@ def read(model: nn.Module, view: MoEView, prompt: Sequence[int]) -> tuple[Pathwa
     return {index: x[0] for index, x in seen.found.items()}, hidden[0][0].float().mean(0).cpu()
 
 
-def answer_loss(
-    model: nn.Module,
-    view: MoEView,
-    pathways: Mapping[int, torch.Tensor],
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-) -> torch.Tensor:
-    """How little a model gives answers under pathways at the prompts' last tokens.
+class Answers:
+    """Prompts and the answers to them; how little a model gives the answers under pathways at the prompts' last tokens.
+
+    What stands before those tokens is run once: no pathway changes it.
 
     Args:
         model: that the view is of.
         view: nothing else is changed in it.
-        pathways: by decoder layer index, [N, E].
         prompts: N of them, token ids.
         answers: what follows each.
-
-    Returns:
-        Mean negative log-likelihood of each answer's tokens [N], nats, float32; gradients reach the pathways.
     """
-    before, behind = max(map(len, prompts)), max(map(len, answers))
-    rows = list(zip(prompts, answers, strict=True))
-    ids = torch.tensor([[0] * (before - len(p)) + [*p, *a] + [0] * (behind - len(a)) for p, a in rows])
-    real = torch.tensor([[0] * (before - len(p)) + [1] * (len(p) + behind) for p, _ in rows])
-    places = torch.arange(len(rows)) * ids.shape[1] + before - 1
-    device = _device(model)
-    padding = {}
-    if any(len(p) < before for p in prompts):
-        padding = {"attention_mask": real.to(device), "position_ids": (real.cumsum(-1) - 1).clamp_min(0).to(device)}
-    with overriding(view, pathways, lambda _count: places):
-        logits = model(input_ids=ids.to(device), use_cache=False, **padding).logits
-    told = logits[:, before - 1 : -1].float().log_softmax(-1)
-    target = ids[:, before:].to(device)
-    nll = -told.gather(-1, target[..., None])[..., 0]
-    counted = torch.tensor([[1.0] * len(a) + [0.0] * (behind - len(a)) for _, a in rows], device=device)
-    return (nll * counted).sum(-1) / counted.sum(-1)
+
+    def __init__(
+        self, model: nn.Module, view: MoEView, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ):
+        self._model, self._view, device = model, view, _device(model)
+        before, behind = max(map(len, prompts)), max(map(len, answers))
+        rows = list(zip(prompts, answers, strict=True))
+        ids = torch.tensor([[0] * (before - len(p)) + [*p, *a] + [0] * (behind - len(a)) for p, a in rows])
+        real = torch.tensor([[0] * (before - len(p)) + [1] * (len(p) + behind) for p, _ in rows])
+        self._ids, self._count = ids.to(device), len(rows)
+        self._padding = {}
+        if any(len(p) < before for p in prompts):
+            places = (real.cumsum(-1) - 1).clamp_min(0)
+            self._padding = {"attention_mask": real.to(device), "position_ids": places.to(device)}
+        self._counted = torch.tensor([[1.0] * len(a) + [0.0] * (behind - len(a)) for _, a in rows], device=device)
+        self._last = before - 1
+        self._run = self._last if min(map(len, prompts)) > 1 else 0  # no row may be all padding
+        if self._run:
+            self._cache = empty_cache(model)
+            with torch.no_grad():
+                model(
+                    input_ids=self._ids[:, : self._run],
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{name: x[:, : self._run] for name, x in self._padding.items()},
+                )
+
+    def losses(self, pathways: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Mean negative log-likelihood of each answer's tokens [N], nats, float32; gradients reach the pathways.
+
+        Args:
+            pathways: by decoder layer index, [N, E].
+        """
+        ids, padding = self._ids[:, self._run :], dict(self._padding)
+        if self._run:
+            cache = {"past_key_values": copy.deepcopy(self._cache), "use_cache": True}
+            if padding:
+                padding["position_ids"] = padding["position_ids"][:, self._run :]
+        else:
+            cache = {"use_cache": False}
+        first = self._last - self._run
+        places = torch.arange(self._count) * ids.shape[1] + first
+        with overriding(self._view, pathways, lambda _count: places):
+            logits = self._model(input_ids=ids, **cache, **padding).logits
+        told = logits[:, first:-1].float().log_softmax(-1)
+        nll = -told.gather(-1, ids[:, first + 1 :, None])[..., 0]
+        return (nll * self._counted).sum(-1) / self._counted.sum(-1)
 
 
 def _device(model: nn.Module) -> torch.device:
