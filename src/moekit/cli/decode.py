@@ -194,7 +194,9 @@ def tell(questions: list[Question], texts: list[str], marking: Marking, method: 
     from moekit.decoding.questions import accuracy
     from moekit.evaluation.intervals import ratio_interval
 
-    rows = [{"prompt": x.prompt, "written": text} for x, text in zip(questions, texts, strict=True)]
+    rows: list[dict[str, str | bool]] = [
+        {"prompt": x.prompt, "written": text} for x, text in zip(questions, texts, strict=True)
+    ]
     known = [number for number, x in enumerate(questions) if x.answer]
     marks = accuracy([texts[x] for x in known], [questions[x] for x in known], marking)
     for number, right in zip(known, marks, strict=True):
