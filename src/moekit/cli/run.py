@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from moekit.cli.engine import CONTEXT, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
 from moekit.cli.screen import console
 from moekit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from moekit.plans import Plan
     from moekit.serve.engine import Engine
     from moekit.serve.sampling import Sampling
 
@@ -24,15 +26,17 @@ def run(
     store: Path = typer.Argument(help="A folder that `moekit pack` made."),
     prompt: str | None = typer.Option(None, help="The text to continue."),
     chat: bool = typer.Option(False, "--chat", help="Talk: a line from you, an answer, until an empty line."),
-    memory: str | None = typer.Option(
-        None, help="Of the whole process, as 2GiB.  [default: as much as all experts need]"
-    ),
+    memory: str | None = MEMORY,
     max_tokens: int = typer.Option(256, min=1, help="Of an answer, at most."),
-    context: int = typer.Option(2048, min=16, help="Tokens of prompt and answer together, at most."),
+    context: int = CONTEXT,
     temperature: float = typer.Option(0.0, min=0.0, help="0: always the likeliest token."),
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Only the likeliest tokens that have this share."),
     seed: int = typer.Option(0, help="Of the draws."),
-    policy: str = typer.Option("lru", help="Which experts stay in memory."),
+    policy: str = POLICY,
+    predictor: str = PREDICTOR,
+    trace: Path | None = TRACE,
+    lossy: str | None = LOSSY,
+    fast: bool = FAST,
     steer: Path | None = typer.Option(None, help="A steering plan to apply."),
     stats: bool = typer.Option(False, "--stats", help="Say afterwards where the time and the memory went."),
 ) -> None:
@@ -42,15 +46,26 @@ def run(
     experts in 16 bits the text is the stock model's, token for token.
     """
     from moekit.data import load_tokenizer
-    from moekit.serve.engine import Engine
+    from moekit.plans import Plan
     from moekit.serve.sampling import Sampling
 
     if (prompt is None) == (not chat):
         raise RecipeError("there is nothing to answer", expected="either --prompt TEXT or --chat")
+    plan = None if steer is None else Plan.load(steer)
     tokenizer = load_tokenizer(store)
-    engine = Engine(store, memory=memory, policy=policy, context=context)
+    engine = open_engine(
+        store,
+        {} if plan is None else {"steer": plan},
+        lossy,
+        fast,
+        memory=memory,
+        context=context,
+        policy=policy,
+        predictor=predictor,
+        trace=trace,
+    )
     sampling = Sampling(temperature, top_p, seed)
-    with _steered(engine, steer):
+    with _steered(engine, plan):
         if prompt is not None:
             _answer(engine, tokenizer, tokenizer(prompt).input_ids, max_tokens, sampling)
         else:
@@ -60,16 +75,15 @@ def run(
     engine.close()
 
 
-def _steered(engine: Engine, plan: Path | None) -> Any:
+def _steered(engine: Engine, plan: Plan | None) -> Any:
     from contextlib import nullcontext
 
     from moekit.apply.live import live
-    from moekit.plans import Plan
     from moekit.view import MoEView
 
     if plan is None:
         return nullcontext()
-    return live(MoEView(engine.model, engine.layout), Plan.load(plan))
+    return live(MoEView(engine.model, engine.layout), plan)
 
 
 def _answer(engine: Engine, tokenizer: Any, ids: list[int], max_tokens: int, sampling: Sampling) -> str:
@@ -123,3 +137,5 @@ def _tell(engine: Engine) -> None:
     pairs = zip(engine.cache.indices, counts.hits, counts.misses, strict=True)
     rates = "  ".join(f"{layer}: {hits / (hits + misses):.0%}" for layer, hits, misses in pairs if hits + misses)
     screen.print(f"found, by layer: {rates}", soft_wrap=True)
+    if engine.losses is not None:
+        screen.print(engine.losses.lost.describe())

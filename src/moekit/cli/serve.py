@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from moekit.cli.engine import CONTEXT, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
 from moekit.cli.screen import console
 from moekit.errors import DataError, RecipeError
 
@@ -30,13 +31,11 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     store: Path = typer.Argument(help="A folder that `moekit pack` made."),
-    memory: str | None = typer.Option(
-        None, help="Of the whole process, as 4GiB.  [default: as much as all experts need]"
-    ),
+    memory: str | None = MEMORY,
     host: str = typer.Option("127.0.0.1", help="Where to listen; 0.0.0.0: on all networks."),
     port: int = typer.Option(8000, min=0, max=65535, help="0: any that is free."),
     api_key: str | None = typer.Option(None, help=f"That requests must bring.  [default: ${KEY_VARIABLE}, or none]"),
-    context: int = typer.Option(2048, min=16, help="Tokens of prompt and answer together, at most."),
+    context: int = CONTEXT,
     parallel: int = typer.Option(16, min=1, help="Requests that are answered at once."),
     kept_tokens: int | None = typer.Option(
         None, min=16, help="Whose keys and values are kept, of all requests together.  [default: 4 contexts]"
@@ -45,7 +44,11 @@ def serve(
     steer: list[str] = typer.Option([], help="NAME=plan.json, to be picked by requests; may be repeated."),
     chat_template: Path | None = typer.Option(None, help="A Jinja file, instead of the tokenizer's own."),
     name: str | None = typer.Option(None, help="Of the model in the API.  [default: the store's folder]"),
-    policy: str = typer.Option("lru", help="Which experts stay in memory."),
+    policy: str = POLICY,
+    predictor: str = PREDICTOR,
+    trace: Path | None = TRACE,
+    lossy: str | None = LOSSY,
+    fast: bool = FAST,
     max_body: str = typer.Option("4MiB", help="Of a request, at most."),
 ) -> None:
     """Serve a packed model to clients of OpenAI's API, in less memory than it needs.
@@ -64,7 +67,6 @@ def serve(
     from moekit.data import load_tokenizer
     from moekit.recipe import parse_bytes
     from moekit.serve.batching import Batcher
-    from moekit.serve.engine import Engine
     from moekit.serve.http.calls import Service
     from moekit.serve.scheduler import Scheduler
     from moekit.serve.steering import Steering
@@ -75,8 +77,18 @@ def serve(
     max_body_bytes = parse_bytes(max_body)
     listening = _listen(host, port)
     tokenizer = load_tokenizer(store)
-    engine = Engine(
-        store, memory=memory, policy=policy, context=context, texts=parallel, kept_tokens=kept_tokens or 4 * context
+    engine = open_engine(
+        store,
+        plans,
+        lossy,
+        fast,
+        memory=memory,
+        context=context,
+        texts=parallel,
+        kept_tokens=kept_tokens or 4 * context,
+        policy=policy,
+        predictor=predictor,
+        trace=trace,
     )
     steering = Steering(MoEView(engine.model, engine.layout), plans) if plans else None
     reason = why_not(engine)
