@@ -29,6 +29,7 @@ class Routes:
         experts: E.
         tokens: token ids [T].
         starts: the first token of each text, ascending.
+        domains: the number of each text's domain.
         hidden: what each layer's router was given, by MoE layer [T, D]; empty unless recorded from a model.
     """
 
@@ -36,15 +37,15 @@ class Routes:
     experts: int
     tokens: np.ndarray
     starts: np.ndarray
+    domains: np.ndarray
     hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trace: Trace | str | Path, interleaved: bool = False) -> Routes:
-        """The routes of a trace.
+    def of(cls, trace: Trace | str | Path) -> Routes:
+        """The routes of a trace, domain after domain.
 
         Args:
             trace: recorded with every token.
-            interleaved: take the domains' texts in turn; False: domain after domain, as they were recorded.
 
         Raises:
             DataError: no trace, or one of statistics only.
@@ -58,14 +59,7 @@ class Routes:
             ids[:, number, : layer.top_k] = np.where(layer.ids < layer.num_experts, layer.ids, experts)
         sequence = np.asarray(columns["sequence"])
         starts = np.flatnonzero(np.diff(sequence, prepend=sequence[:1] - 1))
-        out = cls(ids, experts, np.asarray(columns["id"]), starts)
-        if not interleaved:
-            return out
-        domain = np.asarray(columns["domain"])[starts]
-        rank = np.zeros(len(starts), np.int64)
-        for number in np.unique(domain):
-            rank[domain == number] = np.arange((domain == number).sum())
-        return out.texts(np.lexsort((domain, rank)))
+        return cls(ids, experts, np.asarray(columns["id"]), starts, np.asarray(columns["domain"])[starts])
 
     @property
     def layers(self) -> int:
@@ -104,7 +98,16 @@ class Routes:
         rows = [np.arange(self.starts[n], self.ends[n]) for n in numbers]
         lengths = [len(x) for x in rows]
         every = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        return Routes(self.ids[every], self.experts, self.tokens[every], np.cumsum([0, *lengths[:-1]]))
+        starts = np.cumsum([0, *lengths[:-1]])
+        domains = self.domains[np.asarray(numbers, np.int64)]
+        return Routes(self.ids[every], self.experts, self.tokens[every], starts, domains)
+
+    def interleaved(self) -> Routes:
+        """The domains' texts in turn: a user who changes the subject with every text."""
+        rank = np.zeros(len(self.starts), np.int64)
+        for number in np.unique(self.domains):
+            rank[self.domains == number] = np.arange((self.domains == number).sum())
+        return self.texts(np.lexsort((self.domains, rank)))
 
     def spread(self, tokens: int) -> Routes:
         """About so many tokens, of texts evenly spread; all where there are no more."""

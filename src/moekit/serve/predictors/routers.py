@@ -114,4 +114,4 @@ def record(routers: Routers, routes: Routes, run: Callable[[torch.Tensor], objec
             own = chosen[number].numpy()
             ids[start:end, number, : own.shape[1]] = np.minimum(own, routes.experts)
     hidden = {number: torch.cat(x) for number, x in parts.items()}
-    return Routes(ids, routes.experts, routes.tokens, routes.starts, hidden)
+    return Routes(ids, routes.experts, routes.tokens, routes.starts, routes.domains, hidden)
