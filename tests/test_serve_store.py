@@ -13,9 +13,10 @@ import moekit
 import zoo
 from moekit.errors import CheckpointError, ModelError, OutputError, RecipeError
 from moekit.families.model import Model
+from moekit.families.resident import empty_cache
 from moekit.serve import packing
 from moekit.serve.cache import ExpertCache, slot_bytes
-from moekit.serve.engine import Engine
+from moekit.serve.engine import CHUNK_TOKENS, Engine
 from moekit.serve.forms import packed_expert, product, unpacked
 from moekit.serve.packing import pack
 from moekit.serve.policies import POLICIES, Sizes, policy_named
@@ -63,6 +64,25 @@ def test_what_stays_in_memory_changes_no_number(stores, ids, policy, spare):
     assert torch.equal(engine.logits(ids), whole)
     assert small.counts.read_bytes == sum(small.counts.misses) * slot_bytes(store)
     assert len(small._free) + len(small._resident) == small.slots == spare
+    engine.close()
+    small.close()
+
+
+def test_a_long_prompt_reads_each_expert_once_a_chunk(stores, monkeypatch):
+    """However few places there are: experts run one after the other, each on all of the chunk's tokens."""
+    store, reads = ExpertStore(stores[16]), []
+    engine = Engine(store)
+    small = ExpertCache(store, 6 * slot_bytes(store), policy_named("lru", engine.sizes(6)))
+    for experts in engine._experts.values():
+        experts._moekit_cache = small
+    stock = store.read
+    monkeypatch.setattr(store, "read", lambda *args: reads.append(args[:2]) or stock(*args))
+    prompt = torch.randint(3, 4096, (600,), generator=torch.Generator().manual_seed(2))
+    past = empty_cache(engine.model)
+    for part in prompt.split(CHUNK_TOKENS):
+        reads.clear()
+        engine.forward(part[None], past, "prefill")
+        assert len(reads) == len(set(reads)) > 180
     engine.close()
     small.close()
 
