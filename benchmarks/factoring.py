@@ -61,12 +61,15 @@ class Bench:
         found = moekit.evaluate(model, data=self.text, dtype=torch.float32).domains
         return {x: y.perplexity.value for x, y in found.items()}
 
+    def ratio(self, model: Model) -> float:
+        """Perplexity over the source's, geometric mean over domains."""
+        found = self.perplexities(model)
+        return mean(found[x] / self.full[x] for x in DOMAINS)
+
     def add(self, name: str, model: Model) -> None:
         """Score a model."""
-        found = self.perplexities(model)
-        ratio = mean(found[x] / self.full[x] for x in DOMAINS)
-        self.rows[name] = (expert_bytes(model) / expert_bytes(self.source), ratio)
-        print(f"{name}: {self.rows[name][0]:.1%} of the bytes, perplexity x {ratio:.3f}", flush=True)
+        self.rows[name] = (expert_bytes(model) / expert_bytes(self.source), self.ratio(model))
+        print(f"{name}: {self.rows[name][0]:.1%} of the bytes, perplexity x {self.rows[name][1]:.3f}", flush=True)
 
     def factored(self, model: Model, name: str, **options: object) -> Model:
         """`model` by mc-smoe, written."""

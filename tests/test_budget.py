@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import moekit
 from moekit.cli import main
 from moekit.cli.compress import run_recipe
 from moekit.errors import PlanError, RecipeError
-from moekit.pipeline import PLANNED, choose, prepare
+from moekit.measurement import measure
+from moekit.pipeline import PLANNED, choose, prepare, production, statistics
 from moekit.pipeline.job import budget_bytes
 from moekit.plans import Plan
 from moekit.recipe import Recipe, parse_budget
@@ -124,10 +126,37 @@ def test_refused_before_any_work(talker, tmp_path, capfd):
         assert f"--budget and {named}" in capfd.readouterr().err
 
 
+def test_an_interrupted_run_measures_once_and_leaves_no_half_output(talker, tmp_path, monkeypatch):
+    """Killed while it writes; the same command again chooses the same from the statistics that are there."""
+    made, calls = recipe(talker, tmp_path, budget=fewer(talker, 0.6)), []
+
+    def counted(*args: object, **settings: object) -> object:
+        calls.append(args)
+        return measure(*args, **settings)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(statistics, "measure", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(production, "bake", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(made)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["code.txt", "out.work"]
+    result = run_recipe(made)
+    assert len(calls) == 1
+    assert result.verification.ok
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["code.txt", "out"]
+
+
 def test_the_own_form_when_asked_for(talker, tmp_path):
     job = prepare(recipe(talker, tmp_path, budget=fewer(talker, 0.7), options=["format=moekit"]))
     job, choice = choose(job)
     assert job.steps[-1].options["format"] == "moekit"
     result = run_recipe(job.recipe)
     assert moekit.open(result.path).layout.quantisation == "moekit"
+    card = (result.path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "moekit"  # stock transformers finds no weights
+    for plan in json.loads((result.path / "moekit.json").read_text()).get("plans", []):
+        assert plan["tensors"] == ""  # they were removed with the run's folder
     assert result.baked.bytes_after == next(x.candidate.bytes for x in choice.frontier.points if x.chosen)

@@ -18,7 +18,7 @@ from moekit.measurement import measure
 from moekit.pipeline import prepare, run
 from moekit.pipeline.account import dropped_of_source
 from moekit.pipeline.usage import Usage
-from moekit.plans import Drop, Group, Merge, Plan
+from moekit.plans import Drop, Group, Merge, Plan, Replace
 from moekit.recipe import Recipe
 from moekit.stats import LayerStats, Stats
 from test_methods import make_layout
@@ -201,4 +201,6 @@ def test_what_is_dropped_of_the_source_over_several_plans():
     merge = Plan(layout_hash="a", ops=[Merge(layer=0, groups=groups), Drop(layer=0, experts=(7,))])
     drop = Plan(layout_hash="b", ops=[Drop(layer=0, experts=(0, 4)), Drop(layer=1, experts=(2,))])
     assert dropped_of_source(LAYOUT, [merge]) == {0: {7}}  # left: {0, 1}, 2, 3, {4, 5}, 6
+    constant = Plan(layout_hash="", ops=[Replace(layer=0, experts=(1, 3))])
+    assert dropped_of_source(LAYOUT, [constant]) == {0: {1, 3}}  # they keep their places, and nothing of what they did
     assert dropped_of_source(LAYOUT, [merge, drop]) == {0: {0, 1, 6, 7}, 1: {2}}

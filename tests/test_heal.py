@@ -246,6 +246,8 @@ def test_what_got_no_better_stays_as_it_is(pruned, job, tmp_path):
     source, model = pruned("qwen3_moe")
     plan = heal(job, fit_of(source, model, tmp_path), rate=1e4)
     assert plan.ops == []
+    assert plan.kind == "heal"
+    assert Plan.load(plan.save(tmp_path / "plan.json")).kind == "heal"
     assert any("stay as they are" in note for note in plan.notes)
 
 

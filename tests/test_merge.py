@@ -19,6 +19,7 @@ from moekit.data import Batch
 from moekit.errors import PlanError, RecipeError
 from moekit.evaluation.compare import Subject, logits_of
 from moekit.families.family import Family
+from moekit.methods.merge import layer_merge
 from moekit.plans import Group, Merge, Plan
 from moekit.stats import LayerStats, Stats
 from moekit.view import MoEView
@@ -221,6 +222,19 @@ def test_the_budget_is_exact_and_every_expert_is_somewhere(stats, name, keep):
     for layer in stats.layout.routed:
         assert len(plan.kept(layer)) == wanted
     plan.check_bakeable(stats.layout)
+
+
+@pytest.mark.parametrize("name", ["m-smoe", "hc-smoe"])
+def test_super_experts_in_all_places_leave_nobody_to_join(stats, name):
+    layer, method, safe = stats.layout.routed[0], methods.get(name), frozenset(range(4))
+
+    def merged(keep: int) -> list[Group]:
+        return layer_merge(method, stats, layer, keep, None, safe, router="dominant", settings={}).groups
+
+    with pytest.raises(PlanError, match="no other expert") as raised:
+        merged(4)
+    assert (raised.value.expected, raised.value.got) == ("at least 5", 4)
+    assert {e for group in merged(5) for e in group.members} == set(range(4, 32))
 
 
 def test_a_global_budget_has_the_same_total(stats):

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 import giant
 import zoo
@@ -519,6 +519,19 @@ def test_only_headers_are_fetched_from_the_hub(hub, tmp_path, shards):
     assert fake.fetched < 0.04 * size
     with pytest.raises(ModelError, match="only this model's headers"):
         remote.checkpoint.read("model.norm.weight")
+
+
+def test_moekits_own_form_is_found_on_the_hub(hub, folder, tmp_path):
+    """Its files have names of their own and no index."""
+    tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(folder / "config.json", own)
+    names = sorted(tensors)
+    for number, some in enumerate((names[:3], names[3:]), 1):
+        save_file({name: tensors[name] for name in some}, own / f"moekit-{number:05}-of-00002.safetensors")
+    hub(own)
+    assert remote_checkpoint("org/model").tensors.keys() == tensors.keys()
 
 
 def test_damaged_header_on_the_hub(hub, folder):

@@ -85,6 +85,19 @@ def test_paths_are_no_names(tmp_path, path):
     assert Path(recipe.model) == (tmp_path / path).resolve()
 
 
+def test_a_teacher_is_a_path_like_others(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    steps = [{"method": "reap", "keep": 4}, {"method": "reconstruct", "options": {"teacher": "models/big"}}]
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    recipe = Recipe.load(
+        write(tmp_path, yaml.safe_dump({k: x for k, x in LEAST.items() if k != "keep"} | {"steps": steps}))
+    )
+    assert recipe.steps_[1].options == {"teacher": str(tmp_path / "models" / "big")}
+    short = LEAST | {"method": "router-distill", "options": {"teacher": "org/model"}}
+    assert Recipe.load(write(tmp_path, yaml.safe_dump(short))).options == {"teacher": "org/model"}
+
+
 def test_a_path_from_the_working_folder_is_not_guessed(tmp_path, monkeypatch):
     (tmp_path / "here" / "texts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")

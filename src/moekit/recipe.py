@@ -315,6 +315,9 @@ class Recipe(Part):
         data = {name: _located(path, folder) for name, path in self.data.items()}
         recipe = self.model_copy(update={"model": _located(self.model, folder), "data": data}, deep=True)
         recipe.out = os.path.abspath(folder / os.path.expanduser(self.out))
+        for options in (recipe.options, *(step.options for step in recipe.steps or ())):
+            if isinstance(teacher := options.get("teacher"), str) and teacher:
+                options["teacher"] = _located(teacher, folder)
         if recipe.evaluation:
             recipe.evaluation.data = {name: _located(path, folder) for name, path in recipe.evaluation.data.items()}
         return recipe

@@ -58,10 +58,13 @@ def remote_checkpoint(repo_id: str) -> Checkpoint:
         files = HfFileSystem()
         names = {str(x).removeprefix(f"{repo_id}/") for x in files.ls(repo_id, detail=False)}
         index = f"{repo_id}/{INDEX}"
+        whole = [SINGLE]
         if SINGLE in names:  # before an index, as stock transformers chooses
             weight_map = None
         elif INDEX in names:
             weight_map = parse_index(files.read_text(index, encoding="utf-8"), index)
+        elif own := sorted(x for x in names if x.endswith(".safetensors") and "/" not in x):
+            weight_map, whole = None, own  # moekit's own form has files of its own name, and needs no index
         else:
             raise ModelError(
                 "this hub model has no safetensors weights", where=repo_id, fix="look for a converted copy"
@@ -74,7 +77,7 @@ def remote_checkpoint(repo_id: str) -> Checkpoint:
                 return parse_header(Path(shard), stream.read(8), stream.read, stream.size)
 
         tensors: dict[str, TensorInfo] = {}
-        shards = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        shards = sorted(set(weight_map.values())) if weight_map else whole
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             for shard, found in zip(shards, pool.map(header, shards), strict=True):
                 tensors |= {x: info for x, info in found.items() if weight_map is None or weight_map.get(x) == shard}

@@ -249,6 +249,8 @@ def planned_saving(job: Job, result: Result) -> int:
 
 def after(job: Job, result: Result) -> list[str]:
     """What was made, and what can be done with it."""
+    from moekit.families.packings import in_own_form
+
     baked = result.baked
     proven_on = "the source" if len(result.steps) < 2 else "the model before the last step"
     lines = [
@@ -266,7 +268,7 @@ def after(job: Job, result: Result) -> list[str]:
         )
     lines += [f"  {note}" for note in (*baked.notes, *(result.coverage.warnings() if result.coverage else ()))]
     lines.append("  " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
-    how = "run it with moekit" if result.plan.own_form else "load it with AutoModelForCausalLM.from_pretrained"
+    how = "run it with moekit" if in_own_form(result.path) else "load it with AutoModelForCausalLM.from_pretrained"
     lines.append(f"  read {result.path / 'report.md'}; {how}")
     return lines
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -19,6 +20,13 @@ OWN, OWN_VERSION = "moekit", 1
 MIXED = "int-mixed"
 WIDTHS = range(2, 9)  # bits that `pack-quantized` has more than one level on either side for
 PACKED = frozenset({MIXED, *(f"int{bits}" for bits in WIDTHS)})  # forms that stock transformers loads
+
+
+def in_own_form(folder: Path) -> bool:
+    """Whether a folder's weights are in moekit's own form, whose files have names of their own for that reason: stock
+    transformers finds no weights there.
+    """
+    return any(folder.glob(f"{OWN}*.safetensors"))
 
 
 @dataclass(frozen=True)

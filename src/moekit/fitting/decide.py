@@ -104,5 +104,6 @@ def decide(
         run: Callable[..., Plan] = getattr(import_module(module), attribute)
         plan = run(fit, name=name, options=dict(options or {}), **settings)
         plan.check(fit.model.layout)
+        plan.meant = methods.get(name).kind
         return plan
     return methods.make_plan(name, fit.stats, fit.model.layout, **settings, **(options or {}))

@@ -107,6 +107,7 @@ def make_plan(
         plan = make(
             method, stats, layout, keep=keep, domain=domain, spread=spread, protect=protect, settings=settings, **rows
         )
+    plan.meant = method.kind
     plan.check(layout)
     if method.needs:
         plan.notes += cold_notes(plan, stats, layout, domain)

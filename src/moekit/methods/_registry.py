@@ -10,10 +10,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from moekit.errors import RecipeError, did_you_mean
 from moekit.stats import ALL_GROUPS, FIELDS
+
+if TYPE_CHECKING:
+    from moekit.plans import Kind
 
 METHODS = {
     "random": "moekit.methods.prune.random:scores",
@@ -65,7 +68,7 @@ class Method:
     """
 
     name: str
-    kind: str
+    kind: Kind
     needs: tuple[str, ...]
     summary: str
     paper: str
@@ -115,7 +118,7 @@ class Method:
 
 
 def method(
-    name: str, *, kind: str, needs: tuple[str, ...] = (), summary: str, paper: str = "", most_experts: int = 0
+    name: str, *, kind: Kind, needs: tuple[str, ...] = (), summary: str, paper: str = "", most_experts: int = 0
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare the decorated function to be a method; see `Method` for the arguments."""
 

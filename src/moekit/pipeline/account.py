@@ -94,11 +94,16 @@ def covered(layout: Layout, plans: Sequence[Plan], calibration: Stats, usage: St
 
 
 def dropped_of_source(layout: Layout, plans: Sequence[Plan]) -> dict[int, set[int]]:
-    """By layer, the experts of the source that some plan dropped; those merged into others go with the merged one."""
+    """By layer, the experts of the source that some plan dropped or put a constant in the place of; those merged into
+    others go with the merged one.
+    """
     holds = {layer.index: [{expert} for expert in range(layer.num_experts)] for layer in layout.routed}
     dropped: dict[int, set[int]] = {}
     for plan in plans:
         merges = plan.merges()
+        for index, op in plan.replaced().items():
+            if index in holds:  # no multi-token-prediction layer
+                dropped.setdefault(index, set()).update(*(holds[index][place] for place in op.experts))
         for index, gone in plan.dropped_live(layout).items():
             merge, held = merges.get(index), holds[index]
             for group in merge.groups if merge else ():

@@ -186,7 +186,8 @@ def provenance_of(source: Model, recipe: str, plans: Sequence[Plan]) -> dict[str
     if len(plans) == 1:
         return {"recipe": recipe}
     first = {"name": source.path.name, "fingerprint": source.fingerprint, "layout": source.layout.hash}
-    return {"recipe": recipe, "source": first, "plans": [x.model_dump(mode="json") for x in plans]}
+    told = [x.model_copy(update={"tensors": ""}) for x in plans]  # what they held is in the weights
+    return {"recipe": recipe, "source": first, "plans": [x.model_dump(mode="json") for x in told]}
 
 
 def check_out(out: Path, overwrite: bool) -> None:

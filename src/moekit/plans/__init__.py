@@ -11,7 +11,7 @@ from moekit.plans.dynamic import Odp
 from moekit.plans.factoring import Factor
 from moekit.plans.holding import Hold
 from moekit.plans.ops import OUTER, UNQUANTISED, AnyOp, Drop, Group, Merge, Quantize, QuantizeDense, Values
-from moekit.plans.plan import ITEMSIZE, Plan
+from moekit.plans.plan import ITEMSIZE, Kind, Plan
 from moekit.plans.standins import Replace, check_stand_ins, constant_name
 from moekit.plans.steering import Scope, Steer, check_steering
 from moekit.plans.tensors import PlanTensors
@@ -25,6 +25,7 @@ __all__ = [
     "Factor",
     "Group",
     "Hold",
+    "Kind",
     "Merge",
     "Odp",
     "Op",

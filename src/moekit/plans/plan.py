@@ -30,6 +30,7 @@ from moekit.plans.standins import OWN, Replace, check_alone, check_replaced
 from moekit.plans.steering import Steer, check_no_steering, check_steering
 
 VERSION = 1
+Kind = Literal["prune", "merge", "factor", "replace", "quantize", "heal", "live", "steer"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,6 +49,7 @@ class Plan(BaseModel):
             counts from the file's own folder.
         padding: what is written where layers keep different numbers of experts. "exact": they are filled up with
             experts of zeros that are never chosen (`moekit.plans.padding`).
+        meant: the kind of the method that made it, which says what a plan without changes was for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -62,6 +64,7 @@ class Plan(BaseModel):
     measured: dict = {}
     tensors: str = ""
     padding: Literal["none", "exact"] = "none"
+    meant: Kind | None = None
 
     def dropped(self) -> dict[int, tuple[int, ...]]:
         """Experts whose place goes, dropped or merged into another: ascending, by decoder layer index."""
@@ -80,7 +83,7 @@ class Plan(BaseModel):
         return {op.layer: op for op in self.ops if isinstance(op, Merge)}
 
     @property
-    def kind(self) -> Literal["prune", "merge", "factor", "replace", "quantize", "heal", "live", "steer"]:
+    def kind(self) -> Kind:
         """What the changes are."""
         if self.quantised() or self.quantised_dense():
             return "quantize"
@@ -90,7 +93,7 @@ class Plan(BaseModel):
             return "merge" if self.merges() else "prune"
         if self.replaced() or self.values():
             return "replace" if self.replaced() else "heal"
-        return "live" if self.dynamic() else "steer" if self.steers() or self.holds() else "prune"
+        return "live" if self.dynamic() else "steer" if self.steers() or self.holds() else self.meant or "prune"
 
     def factored(self) -> dict[int, Factor]:
         """How each layer's experts are factored, where they are."""

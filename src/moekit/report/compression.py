@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from moekit.checkpoint.hub import is_hub_id
+from moekit.families.packings import OWN, in_own_form
 from moekit.recipe import format_bytes
 
 # by kind of plan: what is done to a model, and what it has then
@@ -48,7 +49,8 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> None:
     if card.is_file():
         head = _front_matter(card.read_text(encoding="utf-8", errors="replace"))
         card.rename(path / "README.source.md")
-    card.write_text(model_card(report, head) + text)
+    library = OWN if in_own_form(path) else "transformers"
+    card.write_text(model_card(report, head, library) + text)
     if report["recipe"]:
         (path / "recipe.yaml").write_text(str(report["recipe"]))
 
@@ -63,14 +65,16 @@ def _front_matter(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def model_card(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from."""
+def model_card(report: Mapping[str, Any], source: Mapping[str, Any], library: str = "transformers") -> str:
+    """The metadata that hubs read: what the source's card says of licence and languages, and where this comes from;
+    `library`: what loads it.
+    """
     carried = {key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source}
     what = [DONE.get(kind, kind) for kind in report["kinds"]]
     name = report["model"]["name"]
     head = carried | {
         "base_model": name if is_hub_id(name) else Path(name).name,  # a path says nothing to others
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["moekit", "mixture-of-experts", *what],
     }
@@ -131,7 +135,8 @@ def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## What the calibration text covers", "")
     yield (
         f"Decided on {coverage['tokens']:,} tokens of {', '.join(coverage['domains'])}. "
-        f"A cold expert is one that fewer than {below} of them chose."
+        f"A cold expert is one that fewer than {below} of them chose. Gate mass kept: the share of the source's router "
+        "weight that goes to experts which keep their weights, or are merged; not to those dropped or made constants."
     )
     if drifts:
         yield (

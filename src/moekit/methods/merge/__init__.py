@@ -17,7 +17,7 @@ from moekit.errors import PlanError
 from moekit.layout import Layout, MoELayer
 from moekit.methods import budget as budgets
 from moekit.methods._registry import Method
-from moekit.methods.common import Domain
+from moekit.methods.common import Domain, router_groups
 from moekit.methods.super_experts import super_experts
 from moekit.plans import AnyOp, Group, Merge, Plan
 from moekit.stats import Stats
@@ -56,13 +56,6 @@ def make_plan(
     ops: list[AnyOp] = []
     largest = 1
     for layer in layout.routed:
-        if len(protected[layer.index]) > counts[layer.index] // layer.router.groups:
-            raise PlanError(
-                f"layer {layer.index} has more super experts than it keeps",
-                expected=f"at least {len(protected[layer.index])}",
-                got=counts[layer.index],
-                fix="keep more experts, or protect none",
-            )
         op = layer_merge(
             method, stats, layer, counts[layer.index], domains, protected[layer.index], router=router, settings=settings
         )
@@ -85,6 +78,24 @@ def make_plan(
     )
 
 
+def _check_room(layer: MoELayer, keep: int, protected: frozenset[int]) -> None:
+    """Refuse to keep so few that nobody is left to merge the others into: super experts stay alone.
+
+    Raises:
+        PlanError: see above.
+    """
+    places = keep // layer.router.groups
+    for members in router_groups(layer):
+        alone = len(protected.intersection(members.tolist()))
+        if alone > places or (alone == places and alone < len(members)):
+            raise PlanError(
+                f"layer {layer.index} has super experts in all places that it keeps, and no other expert may join them",
+                expected=f"at least {(alone + 1) * layer.router.groups}",
+                got=keep,
+                fix="keep more experts, or protect none",
+            )
+
+
 def layer_merge(
     method: Method,
     stats: Stats,
@@ -96,7 +107,12 @@ def layer_merge(
     router: Literal["dominant", "weighted"],
     settings: Mapping[str, Any],
 ) -> Merge | None:
-    """What a merging method does to one layer; None where all experts stay."""
+    """What a merging method does to one layer; None where all experts stay.
+
+    Raises:
+        PlanError: more protected experts than a layer keeps, or as many and nobody else to join.
+    """
+    _check_room(layer, keep, protected)
     frequency_E = stats.get("count", layer.index, domain)
     found = method(stats, layer, keep, domain, protected, **settings)
     groups = [x if isinstance(x, Group) else _group(x, frequency_E) for x in found]
