@@ -1,8 +1,9 @@
 """Continuous batching: texts join and leave between tokens, and each token of all of them is one forward.
 
-A turn runs at most a chunk of prompts and then one token of every text that is being written, so that a long prompt
-holds the others up for a chunk at a time. Keys and values of all texts lie in one padded cache, as far as a trial at
-the start has shown that this model gives the same logits so; otherwise each text has its own cache and its own forward.
+A turn runs at most a chunk of prompts and then one token of every text that is being written: a long prompt holds the
+others up for a chunk at a time, several short ones for about as long as a token takes. Keys and values of all texts lie
+in one padded cache, as far as a trial at the start has shown that this model gives the same logits so; otherwise each
+text has its own cache and its own forward.
 
 A text that no longer fits, and one whose neighbour has failed, is put off: its cache goes, and it is run again from its
 first token. So a failing request (a damaged expert) ends alone.
@@ -10,6 +11,7 @@ first token. So a failing request (a damaged expert) ends alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -128,6 +130,7 @@ class Batcher:
         self.waiting: deque[Text] = deque()
         self.kept: list[Text] = []
         self._groups: list[Group] = []
+        self._token_s = 0.0  # that the last token of all texts took
         self._ends = engine.ends
 
     def check(self, ask: Ask) -> None:
@@ -187,9 +190,11 @@ class Batcher:
             self.steering.use({x.ask.steer for x in self.kept if x.ask.steer})
         writing = list(self._groups)
         self._read(CHUNK_TOKENS)
+        started = time.perf_counter()
         for group in writing:
             if group in self._groups:
                 self._write(group)
+        self._token_s = time.perf_counter() - started if writing else 0.0
 
     def fail(self, error: Exception) -> None:
         """End all texts with an error."""
@@ -225,6 +230,7 @@ class Batcher:
     def _read(self, budget: int) -> None:
         """Run at most about so many tokens of texts that have not joined yet, in the order in which they came."""
         joined = [text for group in self._groups for text in group.texts]
+        latest = time.perf_counter() + self._token_s if joined else math.inf
         for text in [x for x in self.kept if x not in joined]:
             while budget > 0 and text in self.kept and text.done < len(text.ids):
                 part = text.ids[text.done : text.done + CHUNK_TOKENS]
@@ -241,6 +247,8 @@ class Batcher:
                     if text in self.kept:
                         self._join(text)
                     break
+            if time.perf_counter() > latest:
+                return
 
     def _write(self, group: Group) -> None:
         """One token of each of a group's texts."""
