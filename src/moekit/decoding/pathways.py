@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from moekit.errors import ModelError
 from moekit.families.resident import empty_cache
 from moekit.families.seam import Call, Observer
 from moekit.layout import MoELayer
@@ -97,9 +98,15 @@ def read(model: nn.Module, view: MoEView, prompt: Sequence[int]) -> tuple[Pathwa
 
     Returns:
         ([E] by layer, [D]: the mean over the prompt's tokens of what the output head is given), float32, on the CPU.
+
+    Raises:
+        ModelError: the model has no output head, so it writes no text.
     """
     seen, hidden = _LastTokens(len(prompt)), []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError("this model writes no text", expected="an output head", got=type(model).__name__)
+    handle = head.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
     try:
         with view.watch(seen):
             model(input_ids=torch.tensor([list(prompt)], device=_device(model)), use_cache=False)
