@@ -94,7 +94,7 @@ def controls(
     Returns:
         A set for each draw, in the order of `ops`; fewer where a layer has not enough other experts.
     """
-    out = []
+    out: list[list[Steer]] = []
     for draw in range(draws):
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([seed, draw, attempt, share is not None])
