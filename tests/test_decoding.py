@@ -223,6 +223,7 @@ def test_models_that_agree_change_nothing(model, stock, prompts):
     for made in (emulation(loaded, loaded, loaded), guidance(loaded, Voice(model=loaded), Voice(), strength=3.0)):
         assert decode(made.runners, prompts, made.combine, max_new_tokens=5) == plain
     assert len(emulation(loaded, loaded, loaded).runners) == 3
+    assert [len(x.branches) for x in guidance(loaded, Voice(), Voice(before=(5,))).runners] == [2]
 
 
 def test_guidance_needs_plans_that_steer(model, stock):

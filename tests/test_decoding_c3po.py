@@ -24,7 +24,7 @@ from moekit.decoding.c3po import (
 )
 from moekit.decoding.loop import Runner, decode
 from moekit.decoding.pathways import Answers, overriding, read
-from moekit.decoding.questions import Marking, Question, load_questions
+from moekit.decoding.questions import Marking, Question, load_questions, unescaped
 from moekit.decoding.references import References, build
 from moekit.errors import DataError, RecipeError
 from moekit.families.seam import Observer
@@ -238,6 +238,7 @@ def test_what_counts_of_an_answer():
     assert Marking().right(" 42\nmore", "42")
     assert Marking(stop="").given("a\nb") == "a\nb"
     assert Marking(stop="", extract=r"(-?\d+)\D*$").right("so 3 + 4 is 7.", "7")
+    assert unescaped(r"\né\t") == "\né\t"
     assert not Marking(extract=r"\d+").right("none", "7")
     with pytest.raises(DataError, match="regular expression"):
         Marking(extract="(").check()

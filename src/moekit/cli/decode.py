@@ -68,7 +68,7 @@ def decode(
     """Continue texts by SCMoE, C3PO, contrastive guidance or emulated fine-tuning, beside plain greedy decoding."""
     import moekit
     from moekit.data import load_tokenizer
-    from moekit.decoding.questions import Marking, Question, load_questions
+    from moekit.decoding.questions import Marking, Question, load_questions, unescaped
     from moekit.serve.sampling import Sampling
 
     given = {
@@ -86,7 +86,7 @@ def decode(
         if data is None:
             raise RecipeError("one answer goes to the screen", where="--out", fix="leave it out, or give --data")
     questions = [Question(prompt or "")] if data is None else load_questions(data, answers=False)
-    ending = ("" if data is None else "\n") if stop is None else stop.encode().decode("unicode_escape")
+    ending = ("" if data is None else "\n") if stop is None else unescaped(stop)
     marking = Marking(ending, extract)
     marking.check()
     sampling = Sampling(temperature, top_p, seed)

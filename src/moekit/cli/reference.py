@@ -25,11 +25,11 @@ def reference(
     """Let a model answer questions and keep those that it answers right, for `moekit decode --method c3po`."""
     import moekit
     from moekit.checkpoint.place import check_place
-    from moekit.decoding.questions import Marking, load_questions
+    from moekit.decoding.questions import Marking, load_questions, unescaped
     from moekit.decoding.references import build
 
     questions = load_questions(data)
-    marking = Marking(stop.encode().decode("unicode_escape"), extract)
+    marking = Marking(unescaped(stop), extract)
     marking.check()
     check_place(out.absolute(), overwrite=False)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)

@@ -78,11 +78,10 @@ class Runner:
         width = max(map(len, rows))
         self._cache, self._count = empty_cache(self.model), len(prompts)
         self._tags = torch.arange(len(self.branches)).repeat_interleave(len(prompts))
-        self._prompt = self._past = 0
+        self._prompt, self._past = width, 0
         self._padded = any(len(row) < width for row in rows)
         self._mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-        self._prompt = width
         return self._run(ids)
 
     def step(self, tokens_B: torch.Tensor) -> list[torch.Tensor]:

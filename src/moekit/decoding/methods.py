@@ -109,7 +109,8 @@ def guidance(model: Loaded, plus: Voice, minus: Voice, strength: float = 1.0, al
         PlanError: a voice's plan does not fit its model.
     """
     check_share(alpha=alpha)
-    voices = {"plus": plus, "minus": minus}
+    # Who is the model itself says what it says, without a row of its own.
+    voices = {name: voice for name, voice in (("plus", plus), ("minus", minus)) if voice != Voice()}
     order = sorted(voices, key=lambda name: voices[name].model is not None)  # those of the model that writes first
     inside = [voices[name].branch(model[1]) for name in order if voices[name].model is None]
     runners = [Runner(*model, [Branch(), *inside])]
@@ -120,7 +121,7 @@ def guidance(model: Loaded, plus: Voice, minus: Voice, strength: float = 1.0, al
     def combine(logits: Sequence[torch.Tensor]) -> torch.Tensor:
         base, *others = cut_alike(logits)
         said = dict(zip(order, others, strict=True))
-        return guided(base, said["plus"], said["minus"], strength, alpha)
+        return guided(base, said.get("plus", base), said.get("minus", base), strength, alpha)
 
     return Decoder(tuple(runners), combine)
 

@@ -100,6 +100,11 @@ class Marking:
         return lambda ids: self.stop in tokenizer.decode(ids).lstrip("\n")
 
 
+def unescaped(text: str) -> str:
+    r"""What a text typed in a shell means: \n is a new line, \t a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def accuracy(texts: Sequence[str], questions: Sequence[Question], marking: Marking) -> list[bool]:
     """Which texts answer their questions right."""
     return [marking.right(text, question.answer) for text, question in zip(texts, questions, strict=True)]
