@@ -28,9 +28,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moekit.errors import ModelError, PlanError
-from moekit.families.edits import RouterEdit, Where, run_router
+from moekit.families.edits import RouterEdit, Where, prepared, run_router
 from moekit.families.family import Change, Reroute, family_of
-from moekit.families.seam import Call, Observer
+from moekit.families.seam import Call, Observer, RouterTap
 from moekit.families.tokens import EVERYWHERE, Clock, Reach, Tokens
 from moekit.layout import ExpertId, Layout, MoELayer
 
@@ -40,6 +40,7 @@ class _State:
     """What is collected while one layer's forward runs."""
 
     logits: torch.Tensor | None = None
+    tap: RouterTap | None = None
     norm_inputs: dict[int, tuple[StorageWeakRef, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -107,12 +108,14 @@ class MoEView:
     def _edited(self, layer: MoELayer, edit: RouterEdit) -> Iterator[None]:
         """Let a layer's router decide under an edit, along with those that are there."""
         with self._tapped(layer):
-            edits = self._edits.setdefault(layer.index, [])
+            edits, state = self._edits.setdefault(layer.index, []), self._states[layer.index]
             edits.append(edit)
+            state.tap = prepared(layer, edits)
             try:
                 yield
             finally:
                 edits.remove(edit)
+                state.tap = prepared(layer, edits)
 
     @contextmanager
     def edit(
@@ -380,14 +383,23 @@ class MoEView:
             yield
             return
         stock, state = router.forward, self._states[layer.index]
+        state.tap = prepared(layer, self._edits.get(layer.index, ()))
 
         def forward(*args, **kwargs):
-            out, logits = run_router(self.model, layer, stock, args, kwargs, self._edits.get(layer.index, ()))
+            if (tap := state.tap) is not None:
+                tap.logits = None
+                out = tap.run(router, stock, args, kwargs)
+                logits = tap.logits
+                if logits is not None and logits.dim() != 2:
+                    logits = logits.reshape(-1, logits.shape[-1])
+            else:
+                edits = self._edits.get(layer.index, ())
+                out, logits = run_router(self.model, layer, router, stock, args, kwargs, edits)
             if logits is None:
                 raise ModelError(
                     "the router's logits were not seen", where=layer.router_path, fix="please report this family"
                 )
-            state.logits = logits[:, : layer.num_experts]
+            state.logits = logits if logits.shape[-1] == layer.num_experts else logits[:, : layer.num_experts]
             return out
 
         router.forward = forward
@@ -395,7 +407,7 @@ class MoEView:
             yield
         finally:
             del router.forward
-            state.logits = None
+            state.logits = state.tap = None
 
     @contextmanager
     def _norms(self, layer: MoELayer) -> Iterator[None]:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -49,11 +49,16 @@ class RouterEdit:
     where: Where = None
     rewrite: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+    @cached_property
+    def experts(self) -> torch.Tensor:
+        """Those that it is about, bool [W]."""
+        return self.amounts != 0
+
 
 def of_kind(edits: Sequence[RouterEdit], action: str) -> torch.Tensor | None:
     """The experts [W] that edits ban or force; None where none does."""
-    found = [edit.amounts != 0 for edit in edits if edit.action == action]
-    return torch.stack(found).any(0) if found else None
+    found = [edit.experts for edit in edits if edit.action == action]
+    return torch.stack(found).any(0) if len(found) > 1 else found[0] if found else None
 
 
 def edited_logits(logits_TW: torch.Tensor, edits: Sequence[RouterEdit], lead: float = 0.0) -> torch.Tensor:
@@ -124,9 +129,40 @@ def swapped(model: nn.Module, key: str, new: torch.Tensor) -> Iterator[tuple[tor
         store[name] = old
 
 
+def prepared(layer: MoELayer, edits: Sequence[RouterEdit]) -> RouterTap | None:
+    """A tap for edits that are for every token and touch nothing but logits: the quick way of `run_router`.
+
+    Returns:
+        None where it takes more than a tap.
+    """
+    acts = {edit.action for edit in edits}
+    if any(edit.where is not None for edit in edits):
+        return None
+    if (layer.correction_biases or layer.tables) and acts & {"ban", "force"}:
+        return None
+    lead = _lead(layer)
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None
+    if edits:
+        edit = _banned(edits[0].experts) if acts == {"ban"} and len(edits) == 1 else None
+        edit = edit or partial(edited_logits, edits=list(edits), lead=lead)
+    return RouterTap(layer.router_width, edit)
+
+
+def _banned(experts_W: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def edit(logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(experts_W.to(logits.device), torch.finfo(logits.dtype).min)
+
+    return edit
+
+
+def _lead(layer: MoELayer) -> float:
+    return math.log(2) if layer.router.groups > 1 and not layer.correction_biases else 0.0
+
+
 def run_router(
     model: nn.Module,
     layer: MoELayer,
+    router: nn.Module,
     stock: Callable[..., Any],
     args: tuple,
     kwargs: dict,
@@ -137,6 +173,7 @@ def run_router(
     Args:
         model: that the router belongs to.
         layer: of the router.
+        router: the router.
         stock: the router's own forward.
         args: its arguments.
         kwargs: its named arguments.
@@ -145,41 +182,47 @@ def run_router(
     Returns:
         (its outputs, the edited raw logits [T, W]); None for logits that were not seen.
     """
+    if all(edit.where is None for edit in edits):
+        return _once(model, layer, router, stock, args, kwargs, edits)
     always = [edit for edit in edits if edit.where is None]
     scoped = [edit for edit in edits if edit.where is not None]
-    if not scoped:
-        return _once(model, layer, stock, args, kwargs, always)
-    return _by_token(model, layer, stock, args, kwargs, always, scoped)
+    return _by_token(model, layer, router, stock, args, kwargs, always, scoped)
 
 
 def _once(
     model: nn.Module,
     layer: MoELayer,
+    router: nn.Module,
     stock: Callable[..., Any],
     args: tuple,
     kwargs: dict,
     edits: Sequence[RouterEdit],
 ) -> tuple[Any, torch.Tensor | None]:
     """One run under edits that are for every token."""
-    lead = math.log(2) if layer.router.groups > 1 and not layer.correction_biases else 0.0
-    tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits, lead=lead) if edits else None)
+    tap = RouterTap(layer.router_width, partial(edited_logits, edits=edits, lead=_lead(layer)) if edits else None)
+    if not (layer.correction_biases or layer.tables) or not any(edit.action in ("ban", "force") for edit in edits):
+        out = tap.run(router, stock, args, kwargs)
+        return out, _flat(tap.logits)
     with ExitStack() as stack:
-        if any(edit.action in ("ban", "force") for edit in edits):
-            for keys, change in ((layer.correction_biases, edited_bias), (layer.tables, edited_table)):
-                for key in keys:
-                    path, _, name = key.rpartition(".")
-                    found = getattr(model.get_submodule(path), name)
-                    old, new = stack.enter_context(swapped(model, key, change(found, edits, layer.num_experts)))
-                    args = tuple(new if x is old else x for x in args)  # some blocks hand the bias to the router
-                    kwargs = {word: new if x is old else x for word, x in kwargs.items()}
-        with tap:
-            out = stock(*args, **kwargs)
-    return out, None if tap.logits is None else tap.logits.reshape(-1, tap.logits.shape[-1])
+        for keys, change in ((layer.correction_biases, edited_bias), (layer.tables, edited_table)):
+            for key in keys:
+                path, _, name = key.rpartition(".")
+                found = getattr(model.get_submodule(path), name)
+                old, new = stack.enter_context(swapped(model, key, change(found, edits, layer.num_experts)))
+                args = tuple(new if x is old else x for x in args)  # some blocks hand the bias to the router
+                kwargs = {word: new if x is old else x for word, x in kwargs.items()}
+        out = tap.run(router, stock, args, kwargs)
+    return out, _flat(tap.logits)
+
+
+def _flat(logits: torch.Tensor | None) -> torch.Tensor | None:
+    return logits if logits is None or logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
 
 
 def _by_token(
     model: nn.Module,
     layer: MoELayer,
+    router: nn.Module,
     stock: Callable[..., Any],
     args: tuple,
     kwargs: dict,
@@ -187,7 +230,7 @@ def _by_token(
     scoped: list[RouterEdit],
 ) -> tuple[Any, torch.Tensor | None]:
     """One run for each set of edits that some token has; each token's rows from its own."""
-    out, logits = _once(model, layer, stock, args, kwargs, always)
+    out, logits = _once(model, layer, router, stock, args, kwargs, always)
     if logits is None:
         return out, None
     code_T = torch.zeros(len(logits), dtype=torch.long)  # bit i: whether scoped edit i is for the token
@@ -197,7 +240,7 @@ def _by_token(
     for code in code_T.unique().tolist():
         if code:
             edits = always + [edit for bit, edit in enumerate(scoped) if code >> bit & 1]
-            result, its_logits = _once(model, layer, stock, args, kwargs, edits)
+            result, its_logits = _once(model, layer, router, stock, args, kwargs, edits)
             mask_T = (code_T == code).to(logits.device)
             out = _rows_from(out, result, mask_T)
             logits = logits if its_logits is None else torch.where(mask_T[:, None], its_logits, logits)

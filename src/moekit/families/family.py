@@ -33,6 +33,9 @@ Reroute = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]
 Products = Callable[[Sequence[int]], Iterator[tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]]]
 
 
+FEW = 64  # chosen experts that are looked at one by one
+
+
 class View(Protocol):
     """What a family needs of `moekit.view.MoEView`, which stands above it."""
 
@@ -193,9 +196,14 @@ class Family:
     ) -> Iterator[None]:
         """Multiply the weights that one layer's experts are given by a float32 factor for each expert."""
 
-        def before(_module: nn.Module, args: tuple) -> tuple:
+        table = torch.cat([factors_E, factors_E.new_ones(1)])  # id E: empty slot
+        touched = set(torch.nonzero(factors_E != 1).flatten().tolist())
+
+        def before(_module: nn.Module, args: tuple) -> tuple | None:
             hidden, ids, weights = args[:3]
-            factors_TK = torch.cat([factors_E, factors_E.new_ones(1)]).to(ids.device)[ids.long()]  # id E: empty slot
+            if ids.numel() <= FEW and ids.device.type == "cpu" and touched.isdisjoint(ids.flatten().tolist()):
+                return None  # nothing to do, as for most tokens that are written one by one
+            factors_TK = table.to(ids.device)[ids.long()]
             if where is not None:
                 factors_TK = factors_TK.where(where(len(ids)).to(ids.device)[:, None], 1.0)
             return (hidden, ids, rescaled(weights, factors_TK, renormalise), *args[3:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +42,76 @@ class RouterTap(TorchFunctionMode):
         super().__init__()
         self.width, self.edit = width, edit
         self.logits: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        self._tapped: Any = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if self.logits is None and func in _LINEAR and out.shape[-1] == self.width:
-            out = self.edit(out) if self.edit else out
-            self.logits = out
+        return self.see(out) if func in _LINEAR else out
+
+    def see(self, out: torch.Tensor) -> torch.Tensor:
+        """A linear map's output, edited if it is the first that is as wide as the router."""
+        if self.logits is None and out.shape[-1] == self.width:
+            self.logits = out = out if self.edit is None else self.edit(out)
         return out
+
+    def run(self, router: nn.Module, stock: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """What a router's forward gives, tapped: at the product with its rows or, where it is not known which those
+        are, at every operation, which costs ten times as much.
+        """
+        alone = torch._C._len_torch_function_stack() == 0  # else somebody outside must see what the router computes
+        place = rows_of(router, self.width) if alone else None
+        if place is not None and not ((rows := place[0][place[1]]).requires_grad and torch.is_grad_enabled()):
+            parameters, name = place
+            if rows is not self._rows:
+                self._rows, self._tapped = rows, rows.detach().as_subclass(_TappedRows)
+                self._tapped.tap = self
+            parameters[name] = self._tapped
+            try:
+                out = stock(*args, **kwargs)
+            finally:
+                parameters[name] = rows
+            if self.logits is not None:
+                return out
+        with self:
+            return stock(*args, **kwargs)
+
+
+class _TappedRows(torch.Tensor):
+    """A router's rows that show their product with the hidden states to a tap, and casts of them."""
+
+    tap: RouterTap
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN206
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        if func is linear and type(args[1]) is cls:
+            return args[1].tap.see(out)
+        tap = next((x.tap for x in args if type(x) is cls), None)
+        if tap is None or tap.logits is not None or not isinstance(out, torch.Tensor):
+            return out
+        if func in _LINEAR:
+            return tap.see(out)
+        if out.dim() == 2 and tap.width in out.shape:
+            out = out.as_subclass(cls)
+            out.tap = tap
+        return out
+
+
+def rows_of(router: nn.Module, width: int) -> tuple[dict[str, Any], str] | None:
+    """The parameters that a router's rows are among, and their name, where only one can be those; looked for once."""
+    known = vars(router).get("_moekit_rows")
+    if known is None or known[0] != width:
+        found = [
+            (module._parameters, name)
+            for module in router.modules()
+            for name, x in module._parameters.items()
+            if x is not None and x.dim() == 2 and width in x.shape
+        ]
+        known = width, found[0] if len(found) == 1 else None
+        vars(router)["_moekit_rows"] = known
+    return known[1]
 
 
 @dataclass
