@@ -7,6 +7,7 @@ only in their bits, as rtn-int8 and rtn-int4, the one with the most bits that fi
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,10 +80,19 @@ class Lab:
         folder: for numbers of fitted methods.
         inside: domains that are also calibrated on alone.
         measured: candidates that the planner measures.
+        notebook: what was found is kept there, and not measured again; None: nowhere.
     """
 
     def __init__(
-        self, model: Model, seen: Dataset, texts: Dataset, folder: Path, *, inside: tuple[str, ...], measured: int = 4
+        self,
+        model: Model,
+        seen: Dataset,
+        texts: Dataset,
+        folder: Path,
+        *,
+        inside: tuple[str, ...],
+        measured: int = 4,
+        notebook: Path | None = None,
     ):
         self.model, self.layout, self.domains, self.folder = model, model.layout, texts.domains, folder
         self.inside, self.measured = inside, measured
@@ -98,8 +108,21 @@ class Lab:
         self.full = {x: float(np.exp(_nll(self.said[x], self.batches[x]))) for x in self.domains}
         self.experts = min(x.num_experts for x in self.layout.routed)
         self.expert_bytes = sum(x.num_experts * x.expert_bytes for x in self.layout.routed)
-        self.known: dict[tuple, list[Score]] = {}
-        self.fits = 0
+        self.notebook = notebook
+        noted = json.loads(notebook.read_text()) if notebook and notebook.is_file() else {"scores": [], "sizes": []}
+        self.known = {tuple(key): {x: Score(*y) for x, y in row.items()} for key, row in noted["scores"]}
+        self.sizes = {tuple(key): (keep, share) for key, keep, share in noted["sizes"]}
+        self.decided: dict[tuple, Plan] = {}
+
+    def note(self) -> None:
+        """Write down what is known."""
+        if self.notebook:
+            scores = [[key, {x: [y.ratio, y.kl] for x, y in row.items()}] for key, row in self.known.items()]
+            sizes = [[key, *value] for key, value in self.sizes.items()]
+            self.notebook.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.notebook.with_suffix(".partial")
+            draft.write_text(json.dumps({"scores": scores, "sizes": sizes}))
+            draft.replace(self.notebook)
 
     def share(self, plan: Plan) -> float:
         """Of the experts' bytes, what a plan leaves."""
@@ -125,13 +148,17 @@ class Lab:
         if key not in self.known:
             found = [self.score(x, self.domains if domain is None else [domain]) for x in entry.plans(domain)]
             self.known[key] = {x: mean_score([y[x] for y in found]) for x in found[0]}
+            self.note()
         return self.known[key]
 
     def decide(self, name: str, domain: str | None, **settings: Any) -> Plan:
         """A plan of any method; numbers that it carries lie in a folder of their own."""
-        self.fits += 1
-        fit = Fit(self.model, self.model, self.stats, self.seen, self.folder / str(self.fits), torch.float32)
-        return decide(name, fit, domain=domain, **settings)
+        key = (name, domain, json.dumps(settings, sort_keys=True))
+        if key not in self.decided:
+            folder = self.folder / str(len(self.decided))
+            fit = Fit(self.model, self.model, self.stats, self.seen, folder, torch.float32)
+            self.decided[key] = decide(name, fit, domain=domain, **settings)
+        return self.decided[key]
 
 
 def _nll(said: list[torch.Tensor], batches: list[Batch]) -> float:
@@ -223,10 +250,14 @@ def reduced(lab: Lab, method: Method, budget: float) -> Entry | None:
         seeds = range(SEEDS if drawn else 1)
         return [lab.decide(method.name, domain, keep=keep, seed=seed) for seed in seeds]
 
-    share = keep / lab.experts
+    key = (method.name, budget)
     try:
-        while keep and (share := lab.share(plans(None, keep)[0])) > budget + 1e-9:  # what stands for experts has bytes
-            keep -= 1
+        if key not in lab.sizes:
+            share = keep / lab.experts
+            while keep and (share := lab.share(plans(None, keep)[0])) > budget + 1e-9:  # what stands for them has bytes
+                keep -= 1
+            lab.sizes[key] = keep, share
+        keep, share = lab.sizes[key]
         return Entry(
             method.name, method.kind, f"{keep} of {lab.experts}", share, drawn, lambda x, keep=keep: plans(x, keep)
         )

@@ -2,6 +2,7 @@
 
     python benchmarks/shrink.py            # refmoe and the MoE of SmolLM2 (see _smollm2.py), under half an hour
     python benchmarks/shrink.py --write    # and write the page in docs/
+    python benchmarks/shrink.py --only smollm2      # one of the two, its scores kept for the next time
     python benchmarks/shrink.py --quick    # refmoe, one domain, two budgets, few tokens: under a minute
 
 A budget is a share of the bytes of all experts. Each method gets the largest size that fits: fewer experts, lower rank,
@@ -200,15 +201,17 @@ def sizes(args: argparse.Namespace) -> list[Size]:
     return out
 
 
-def opened(size: Size, folder: Path) -> Lab:
-    """The model and its texts."""
+def opened(size: Size, folder: Path, notes: Path | None) -> Lab:
+    """The model and its texts; what was found before is in the folder `notes`."""
     model = moekit.open(size.model)
 
     def load(texts: dict[str, Path], tokens: int) -> moekit.data.Dataset:
         return moekit.load_data(model, {x: texts[x] for x in size.domains}, tokens=tokens, sequence_length=LENGTH)
 
     seen, texts = load(refmoe.calibration(), size.seen), load(refmoe.texts(), size.held_out)
-    return Lab(model, seen, texts, folder, inside=size.inside, measured=4 if size.model == "refmoe" else 2)
+    measured = 4 if size.model == "refmoe" else 2
+    notebook = notes / f"{Path(size.model).name}-{size.seen}-{size.held_out}.json" if notes else None
+    return Lab(model, seen, texts, folder, inside=size.inside, measured=measured, notebook=notebook)
 
 
 def goals(found: Sequence[Found], costs: dict[float, tuple[Score, Score]]) -> dict[str, tuple[float, float, str]]:
@@ -232,6 +235,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, help="tokens of each domain to calibrate on")
     parser.add_argument("--tokens", type=int, help="held-out tokens of each domain")
     parser.add_argument("--smollm2", type=Path, default=CACHE, help="folder of the model that _smollm2.py makes")
+    parser.add_argument("--only", choices=("refmoe", "smollm2"), help="measure one, keep its scores, judge nothing")
+    parser.add_argument("--notes", type=Path, default=CACHE.parent / "shrink", help="folder for scores that are kept")
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
@@ -239,11 +244,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="moekit-shrink-") as folder:
         for number, size in enumerate(sizes(args)):
             begun = time.perf_counter()
-            lab = opened(size, Path(folder) / str(number))
+            if args.only and (size.model == "refmoe") != (args.only == "refmoe"):
+                continue
+            lab = opened(size, Path(folder) / str(number), None if args.quick else args.notes)
             found.append(Found(size, lab))
             costs = by_cost(lab, (2.5,) if args.quick else (2, 2.5, 3))
             sheets.append(Sheet(found[-1].name, about(size, lab), lab.full, found[-1].rows, costs))
             seconds[found[-1].name] = round(time.perf_counter() - begun, 1)
+        if args.only:
+            return
         kinds = ("prune",) if args.quick else ("prune", "merge", "replace", "factor", "quantize")
         differences = proven(found[0], kinds, Path(folder))
     if args.write and not args.quick:
