@@ -21,7 +21,7 @@ from moekit.serve.forms import packed_expert, product, unpacked
 from moekit.serve.packing import pack
 from moekit.serve.policies import POLICIES, Sizes, policy_named
 from moekit.serve.sampling import Sampling, choose
-from moekit.serve.store import MANIFEST, ExpertStore
+from moekit.serve.store import MANIFEST, ExpertStore, checksum
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,20 @@ def test_damage_is_named(tmp_path, stores):
         ExpertStore(tmp_path)
     with pytest.raises(CheckpointError, match="no expert store"):
         ExpertStore(tmp_path / "nowhere")
+
+
+def test_checksums_see_flipped_bits_and_pages_that_changed_places():
+    record = torch.randint(256, (8 * 4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    good = checksum(record)
+    assert checksum(record.clone()) == good
+    for at in (0, 5000, len(record) - 1):
+        bad = record.clone()
+        bad[at] ^= 16
+        assert checksum(bad) != good
+    moved = record.view(8, -1)[[0, 2, 1, 3, 4, 5, 6, 7]].flatten()
+    zeroed = record.clone()
+    zeroed[4096:8192] = 0
+    assert len({good, checksum(moved), checksum(zeroed)}) == 3
 
 
 def test_what_cannot_be_run_is_refused_before_packing(tmp_path):

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from moekit.families.resident import run_config
 from moekit.layout import MoELayer
 from moekit.progress import Progress, silent
 from moekit.serve.forms import BITS, packed_expert
-from moekit.serve.store import MANIFEST, VERSION, Form, StoredLayer, experts_name, form_of, rest_name, to_row
+from moekit.serve.store import MANIFEST, VERSION, Form, StoredLayer, checksum, experts_name, form_of, rest_name, to_row
 
 DONE = "packed.json"  # in OUT.partial: the layers that are complete
 KEPT_FILES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
@@ -184,7 +183,7 @@ def _write_experts(
             for piece in form.pieces:
                 piece.view(record).copy_(tensors[piece.name])
             offsets.append(stream.tell())
-            checksums.append(zlib.crc32(record.numpy().data))
+            checksums.append(checksum(record))
             which.append(forms.index(form))
             data = memoryview(record.numpy().data)
             while data:

