@@ -4,7 +4,8 @@
     p = w_1 recent + w_2 text + w_3 all    chance that a token of this text chooses the expert
 
 recent  share of the last tokens that chose it, each token counting half as much as the one `half_life` tokens later
-text    share of the running text's tokens, drawn towards `all` as if `shrink` tokens had been seen before
+text    share of the running text's tokens, as if some tokens had been seen before it began: with a trace 16 of the
+        traced text that is most like it (by the cosine of their activation matrices), else 4 of `all`
 all     share of all tokens, those of a trace included where one is given
 w       how much each tells: least squares of "the next token chooses it" on the three, fitted as tokens come, from a
         start that held on the reference model
@@ -14,20 +15,22 @@ All numbers of a layer change only when that layer runs, so that newcomers are w
 when they meet again. That is what keeps it at or above the hot set where places are fewer than one token's experts
 (L k), where LRU and ARC throw away each expert just before it is needed.
 
-Paper: none. The estimate is of the kind that MoE-Infinity (text) and EdgeMoE (all) use one of each; the rule is
-Belady's with expected times.
+Paper: none. MoE-Infinity has the text and its match, EdgeMoE the long run, LRU the last tokens; the rule that puts them
+together is Belady's with expected times.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from moekit.serve.matrices import Library
 from moekit.serve.policies.base import Scored, Sizes
 from moekit.serve.routes import Routes
 
 START = np.array([0.35, 0.55, 0.10])
 START_TOKENS = 256  # as many tokens the start of the weights is worth
 TRACE_TOKENS = 256  # as many the long-run share of a trace is worth
+LIKE_TOKENS, PLAIN_TOKENS = 16.0, 4.0  # that a text begins with: of the traced text like it, or of all tokens
 LEAST = 1e-4  # of a chance
 
 
@@ -36,10 +39,9 @@ class Reuse(Scored):
 
     Args:
         sizes: of the model and the memory.
-        trace: where the long-run shares start.
+        trace: where the long-run shares start, and texts that the running one may be like.
         future: unused.
         half_life: of recent use, tokens.
-        shrink: tokens that a new text's share starts with.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class Reuse(Scored):
         trace: Routes | None = None,
         future: Routes | None = None,
         half_life: float = 12.0,
-        shrink: float = 4.0,
     ):
         super().__init__(sizes, trace, future)
-        self._keep, self._shrink = 2.0 ** (-1.0 / half_life), shrink
+        self._keep = 2.0 ** (-1.0 / half_life)
+        self._library = None if trace is None else Library(trace)
+        self._like = None if self._library is None else self._library.shares.mean(0) * sizes.top_k
         shape = (sizes.layers, sizes.experts)
         even = sizes.top_k / sizes.experts
         worth = 8.0 if trace is None else TRACE_TOKENS
@@ -75,7 +78,9 @@ class Reuse(Scored):
         self._text_tokens[:] = 0
 
     def step(self) -> None:
-        """Solve for the weights again."""
+        """Solve for the weights again, and look for the text that is most like this one."""
+        if self._library is not None:
+            self._like = self._library.nearest(self._text) * self.sizes.top_k
         self.weights = np.linalg.solve(self._gram, self._moment)
 
     def used(self, layer: int, experts: np.ndarray, counts: np.ndarray) -> None:
@@ -105,7 +110,8 @@ class Reuse(Scored):
 
     def _describe(self, layer: int) -> None:
         every = self._all[layer] / self._all_tokens[layer]
-        text = (self._text[layer] + self._shrink * every) / (self._text_tokens[layer] + self._shrink)
+        before, worth = (every, PLAIN_TOKENS) if self._like is None else (self._like[layer], LIKE_TOKENS)
+        text = (self._text[layer] + worth * before) / (self._text_tokens[layer] + worth)
         self._features[layer] = self._recent[layer], text, every
 
     def _chance(self) -> np.ndarray:
