@@ -175,6 +175,26 @@ def _last(mine: dict[int, float], others: dict[int, float]) -> int:
     return rows
 
 
+def few_rows_call(sizes: tuple[int, int, int], bits: int) -> Callable[[], object]:
+    """A product of one row with an expert of random numbers, by what a calibrated engine would take."""
+    tensors, group = _expert(sizes, bits)
+    gated, threads = sizes[1] == 2 * sizes[2], torch.get_num_threads()
+    kernels = native()[0]
+    if kernels is None or bits == 16 or not dict(measured(sizes, gated, (bits,), threads))[bits]:
+        return partial(_with_torch, tensors, sizes, gated, 1)
+    call = _native_call(kernels, row_of(tensors, bits, group, True), sizes, gated, 1, threads)
+    return lambda held=tensors: call()  # type: ignore[misc]  # the tensors live as long as the call
+
+
+def linear_call(width: int, quick: bool) -> Callable[[], object]:
+    """A product of one row with a square bfloat16 matrix; `quick`: by native kernels where they pay."""
+    weight, x = torch.ones(width, width, dtype=torch.bfloat16), torch.ones(1, width, dtype=torch.bfloat16)
+    kernels, threads = native()[0], torch.get_num_threads()
+    if kernels is not None and quick and _pays((width, width), threads):
+        return partial(kernels.linear, x, weight, None, threads)
+    return partial(nn.functional.linear, x, weight)
+
+
 def quicken_linears(model: nn.Module) -> int:
     """Let the native kernel multiply few rows by a model's bfloat16 matrices; how many it will.
 
