@@ -17,7 +17,10 @@ domains. An applied plan costs at most 3% of decode time (CPU time of the quicke
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from moekit import refmoe
 from moekit.apply.steer import steering
 from moekit.data import Dataset
 from moekit.families.model import Model
-from moekit.plans import Plan, Steer
+from moekit.plans import Steer
 from moekit.steering import Assessment, assess, find, load_texts
 from moekit.view import MoEView
 
@@ -62,8 +65,8 @@ def against(model: Model, texts: dict[str, Path], domain: str, tokens: int, leng
 
 def tried(
     model: Model, domain: str, way: str, tokens: dict[str, int], counts: list[int], draws: int
-) -> tuple[Plan, Assessment]:
-    """A plan for a domain, and what it does on held-out text."""
+) -> list[dict[str, Any]]:
+    """A plan for a domain, and what it does on held-out text: a flat row for each dose."""
     direction, method, options = WAYS[way]
     seen = against(model, dict(refmoe.calibration()), domain, tokens["find"], LENGTH["away"])
     order = (domain, "others") if direction == "away" else ("others", domain)
@@ -71,7 +74,8 @@ def tried(
     plan = find(model, kinds, method, top=10, mode="off" if direction == "away" else "on", **options)
     held = against(model, dict(refmoe.texts()), domain, tokens[direction], LENGTH[direction])
     target, elsewhere = (Dataset.of_rows({name: held[name]}) for name in (domain, "others"))
-    return plan, assess(model, plan, target, elsewhere, counts=[x for x in counts if x <= len(plan.ops)], draws=draws)
+    found = assess(model, plan, target, elsewhere, counts=[x for x in counts if x <= len(plan.ops)], draws=draws)
+    return plain(found, domain)
 
 
 def plain(found: Assessment, domain: str) -> list[dict[str, Any]]:
@@ -184,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="refmoe, one domain, fewer doses: under a minute")
     parser.add_argument("--write", action="store_true", help="write the pages in docs/")
+    parser.add_argument("--keep", type=Path, help="a file in which results stay, for the next time")
     parser.add_argument("--model", type=Path, default=CACHE, help="the MoE of SmolLM2; left out where it is not")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -202,16 +207,25 @@ def main() -> None:
         few = {"find": 1_024, "away": 384, "towards": 256}
         ways = ["ban (steermoe)", "bias +1 (contrast)"]
         jobs.append(("SmolLM2 as an MoE", moekit.open(args.model), ["kjv", "python"], ways, few, 2))
+    kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
+
+    def once(key: str, work: Callable[[], Any]) -> Any:
+        if key not in kept:
+            kept[key] = work()
+            print(key, json.dumps(kept[key]), flush=True)
+            if args.keep:
+                args.keep.write_text(json.dumps(kept))
+        return kept[key]
+
     results: dict[str, dict[str, list]] = {}
     for name, model, some, ways, sizes, draws in jobs:
         results[name] = {way: [] for way in ways}
         for domain in some:
             for way in ways:
-                _, found = tried(model, domain, way, sizes, counts[name], draws)
-                results[name][way] += plain(found, domain)
-                print(name, way, results[name][way][-1], flush=True)
-    costs = {name: overhead(model, 5 if args.quick else 25 if name == "refmoe" else 7) for name, model, *_ in jobs}
-    print(costs, flush=True)
+                work = partial(tried, model, domain, way, sizes, counts[name], draws)
+                results[name][way] += once(f"{name}, {way}, {domain}", work)
+    blocks = {"refmoe": 5 if args.quick else 40}
+    costs = {name: once(f"{name}, costs", partial(overhead, model, blocks.get(name, 7))) for name, model, *_ in jobs}
     if args.write:
         (DOCS / "benchmarks" / "steer.md").write_text(page(results, costs, counts))
         for way, method in (
