@@ -279,3 +279,24 @@ def test_eval_applies_a_plan(tmp_path, capfd):
     assert "experts a token" in " ".join(capfd.readouterr().out.split())
     assert main(["eval", "refmoe", "--tasks", "arc_easy", "--plan", str(tmp_path / "odp.json")]) == 2
     assert "not to tasks" in capfd.readouterr().err
+
+
+def test_the_command_line_writes_a_plan_that_eval_applies(talker, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
+    job = ["compress", str(talker), "--method", "odp", "--data", "code=code.txt", "--tokens", "512"]
+    assert main([*job, "--plan", "odp.json", "--option", "quantile=0.9"]) == 0
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["code.txt", "odp.json"]
+    plan = Plan.load(tmp_path / "odp.json")
+    assert (plan.kind, plan.settings["quantile"]) == ("live", 0.9)
+    evaluated = ["eval", str(talker), "--plan", "odp.json", "--data", "code=code.txt", "--tokens", "512", "--json"]
+    capsys.readouterr()
+    assert main(evaluated) == 0
+    assert json.loads(capsys.readouterr().out)["domains"]["code"]["active_experts"] < 2
+    assert main([*job, "--out", "out"]) == 2  # no file holds it
+    assert "--plan FILE" in capsys.readouterr().err
+    for method in ("mone", "gptq-int4"):
+        keep = ["--keep", "0.5"] if method == "mone" else []
+        assert main([*job[:3], method, *job[4:], *keep, "--plan", "other.json"]) == 2
+        assert "cannot be one file" in capsys.readouterr().err
+    assert not (tmp_path / "other.json").exists()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moekit.cli.screen import bars, console, table
-from moekit.errors import RecipeError
+from moekit.cli.screen import bars, check_file, console, table
+from moekit.errors import PlanError, RecipeError
 from moekit.recipe import Recipe, Step, format_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def compress(
     stats: Path | None = typer.Option(None, help="Keep statistics in this folder, and use those that lie there."),
     device: str = typer.Option("cpu", help="To measure and evaluate on: cpu or cuda."),
     plan_only: bool = typer.Option(False, "--plan-only", help="Measure and plan, write no model."),
+    plan: Path | None = typer.Option(
+        None, help="Measure and plan only, and write the plan (JSON) here; the way to plans of live methods (odp)."
+    ),
     no_verify: bool = typer.Option(False, "--no-verify", help="Skip the proof in stock transformers."),
     overwrite: bool = typer.Option(False, help="Replace the model that lies in the output folder."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that the checkpoint brings along."),
@@ -60,6 +63,9 @@ def compress(
     """
     from moekit.data import parse_data
 
+    if plan is not None:
+        check_file(plan)
+        plan_only = True
     flags: dict[str, Any] = {
         "method": method,
         "keep": keep,
@@ -84,7 +90,7 @@ def compress(
             raise RecipeError(
                 "a recipe file and flags for what it says", got=", ".join(given), fix="write it in the recipe"
             )
-        _carry_out(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code, frontier)
+        _carry_out(Recipe.load(model), plan_only, stats, device, overwrite, trust_remote_code, frontier, plan)
         return
     with tempfile.TemporaryDirectory(prefix="moekit-plan-") as scratch:
         if plan_only and not out:
@@ -105,7 +111,7 @@ def compress(
                 fix=f"e.g. moekit compress {model} --data python=texts/ --keep 0.5 --out smaller/",
             )
         recipe = Recipe.from_flags(model=model, **flags)
-        _carry_out(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier)
+        _carry_out(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier, plan)
 
 
 _KEYS = {"step": "steps"}  # of a recipe, where the option has another name
@@ -126,13 +132,14 @@ def _carry_out(
     overwrite: bool,
     trust_remote_code: bool,
     frontier: Path | None,
+    plan: Path | None,
 ) -> None:
     """Run a recipe: under torchrun in the first process, which the others help where a model is tuned."""
     from moekit.fitting.heal.team import gathered
 
     with gathered(device) as first:
         if first:
-            run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier)
+            run_recipe(recipe, plan_only, stats, device, overwrite, trust_remote_code, frontier, plan)
 
 
 def _texts(sources: dict[str, str]) -> dict[str, str]:
@@ -147,24 +154,30 @@ def run_recipe(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     frontier: Path | None = None,
+    plan: Path | None = None,
 ) -> Result:
-    """Prepare, say what will happen, run, say what happened."""
+    """Prepare, say what will happen, run, say what happened; `plan`: where to write the plan."""
     from moekit.pipeline import estimate, prepare, run
 
     screen = console()
-    job = prepare(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    job = prepare(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, plan_only=plan_only)
     for line in before(job, estimate(job, device)):
         screen.print(line)
     if not job.steps:
         job = planned_for(job, frontier, stats, device)
         if not job.steps:
             return nothing_to_do(job)
+    if plan is not None:
+        check_one_file(plan, job.steps)
     with bars() as progress:
         result = run(
             job, plan_only=plan_only, stats_folder=stats, device=device, overwrite=overwrite, progress=progress
         )
     for line in notes(result):
         screen.print(f"  {line}")
+    if plan is not None:
+        screen.print(f"{result.plan.save(plan)}: apply it live with moekit eval MODEL --plan {plan} --data ...")
+        return result
     if result.path is None:
         saved = format_bytes(planned_saving(job, result))
         screen.print(f"planned only: {saved} would be saved; run again without --plan-only to write it")
@@ -176,6 +189,24 @@ def run_recipe(
     for line in after(job, result):
         screen.print(line)
     return result
+
+
+def check_one_file(file: Path, steps: list[Step]) -> None:
+    """Refuse, before anything is measured, what is several plans, or a plan with numbers, which lie in no such file.
+
+    Raises:
+        PlanError: see above.
+    """
+    from moekit.fitting import needs_model
+
+    if len(steps) > 1 or needs_model(steps[0].method, steps[0].options):
+        raise PlanError(
+            "this plan cannot be one file",
+            where=file,
+            expected="a single step of a method that decides from statistics alone",
+            got=", ".join(step.method for step in steps),
+            fix="write the model (--out) instead",
+        )
 
 
 def planned_for(job: Job, frontier: Path | None, stats: Path | None, device: str) -> Job:

@@ -9,7 +9,7 @@ import typer
 
 from moekit.cli.engine import CONTEXT, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
 from moekit.cli.screen import console
-from moekit.errors import RecipeError
+from moekit.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
     from moekit.plans import Plan
@@ -83,6 +83,13 @@ def _steered(engine: Engine, plan: Plan | None) -> Any:
 
     if plan is None:
         return nullcontext()
+    if plan.dynamic():
+        raise PlanError(
+            "a store runs every expert that the router chooses: this plan leaves some out, token by token",
+            where="--steer",
+            got=plan.method,
+            fix="score it with moekit eval MODEL --plan, or apply it around generate (moekit.apply.live)",
+        )
     return live(MoEView(engine.model, engine.layout), plan)
 
 

@@ -91,8 +91,16 @@ class Estimate:
     bytes_after: int
 
 
-def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool = False) -> Job:
+def prepare(
+    recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool = False, plan_only: bool = False
+) -> Job:
     """Open and check everything that a recipe needs.
+
+    Args:
+        recipe: what is to be done.
+        overwrite: a model may lie at `out`.
+        trust_remote_code: allow code that the checkpoint brings along.
+        plan_only: no model is to be written; a live method may be asked for.
 
     Raises:
         UserError: of any kind: whatever can be known before the work starts.
@@ -102,7 +110,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, trust_remote_code: bool 
     work, steps = Workplace(out), recipe.steps_
     Stats.check_place(work.stats())
     work.check(steps)
-    check_steps(steps)
+    check_steps(steps, plan_only)
     model = Model.open(recipe.model, trust_remote_code=trust_remote_code)
     if out.is_relative_to(model.path.resolve()):
         raise OutputError("the output lies in the model's own folder", where=out, fix="choose another folder")

@@ -41,8 +41,12 @@ def of_step(number: int, steps: Sequence[Step]) -> Iterator[None]:
         raise
 
 
-def check_steps(steps: Sequence[Step]) -> None:
+def check_steps(steps: Sequence[Step], plan_only: bool = False) -> None:
     """Refuse what is wrong with steps whatever the model.
+
+    Args:
+        steps: of a recipe.
+        plan_only: no model is to be written: a single step may be one that acts on a running model.
 
     Raises:
         RecipeError: no such method, option or `keep`; a step after quantising that would change experts; a model
@@ -53,14 +57,14 @@ def check_steps(steps: Sequence[Step]) -> None:
         with of_step(number, steps):
             method, *_ = methods.check_options(step.method, step.options)
             methods.check_keep(method, step.keep)
-            if method.kind in LIVE:
+            if method.kind in LIVE and not (plan_only and method.kind == "live" and len(steps) == 1):
                 raise RecipeError(
                     f"{step.method!r} acts on a running model and writes none",
                     where="method",
                     expected="a method that prunes, merges, replaces, factors, quantises or heals",
                     fix="make its plan with moekit steer find"
                     if method.kind == "steer"
-                    else "make its plan from Python (moekit.plan) and apply it live",
+                    else "let --plan FILE write its plan, alone, and apply that with moekit eval or run",
                 )
             if quantised and method.kind != "heal":
                 before = steps[quantised - 1].method
