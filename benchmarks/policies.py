@@ -1,6 +1,6 @@
 """Every cache policy and predictor on the same recorded routing: hits, bytes, predicted time, recall; against Belady.
 
-    python benchmarks/policies.py            # a quarter of an hour; --write: writes docs/benchmarks/policies.md
+    python benchmarks/policies.py            # ten minutes; --write: writes docs/benchmarks/policies.md
     python benchmarks/policies.py --quick    # refmoe alone, on less text, under a minute
 
 refmoe (6 layers of 32 experts, top-4), and where it has been made the MoE of SmolLM2 (30 layers of 16, top-4,
@@ -86,10 +86,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="refmoe alone, on less text")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} in docs/benchmarks")
     arguments = parser.parse_args()
-    small = 512 if arguments.quick else 1536
-    settings = [Setting("refmoe", "refmoe", small, 1536 if arguments.quick else 9216, 0.006)]
+    small = 512 if arguments.quick else 1024
+    settings = [Setting("refmoe", "refmoe", small, 1536 if arguments.quick else 6144, 0.006)]
     if SMOLLM2.is_dir() and not arguments.quick:
-        settings.append(Setting("SmolLM2 as an MoE", str(SMOLLM2), 768, 2304, 0.020))
+        settings.append(Setting("SmolLM2 as an MoE", str(SMOLLM2), 768, 1536, 0.020))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for setting in settings:

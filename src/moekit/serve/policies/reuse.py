@@ -4,8 +4,9 @@
     p = w_1 recent + w_2 text + w_3 all    chance that a token of this text chooses the expert
 
 recent  share of the last tokens that chose it, each token counting half as much as the one `half_life` tokens later
-text    share of the running text's tokens, as if some tokens had been seen before it began: with a trace 16 of the
-        traced text that is most like it (by the cosine of their activation matrices), else 4 of `all`
+text    share of the running text's tokens, each counting half as much as one 256 later, as if some tokens had been seen
+        before it began: with a trace 16 of the traced text that is most like it (by the cosine of their activation
+        matrices), else 4 of `all`
 all     share of all tokens, those of a trace included where one is given
 w       how much each tells: least squares of "the next token chooses it" on the three, fitted as tokens come, from a
         start that held on the reference model
@@ -30,6 +31,7 @@ from moekit.serve.routes import Routes
 START = np.array([0.35, 0.55, 0.10])
 START_TOKENS = 256  # as many tokens the start of the weights is worth
 TRACE_TOKENS = 256  # as many the long-run share of a trace is worth
+TEXT_LIFE = 256.0  # tokens after which one of the text counts half: a server is not told where texts begin
 LIKE_TOKENS, PLAIN_TOKENS = 16.0, 4.0  # that a text begins with: of the traced text like it, or of all tokens
 LEAST = 1e-4  # of a chance
 
@@ -94,6 +96,9 @@ class Reuse(Scored):
         keep = self._keep**tokens
         self._recent[layer] *= keep
         self._recent[layer] += (1 - keep) * share
+        fading = 2.0 ** (-tokens / TEXT_LIFE)
+        self._text[layer] *= fading
+        self._text_tokens[layer] *= fading
         self._text[layer, experts] += counts
         self._text_tokens[layer] += tokens
         self._all[layer, experts] += counts
