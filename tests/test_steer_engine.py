@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 import moekit
 from moekit.apply.live import live
+from moekit.apply.steer import steering
+from moekit.families.tokens import Tokens
 from moekit.plans import Plan, Scope, Steer
 from moekit.serve.engine import Engine
 from moekit.serve.packing import pack
 from moekit.view import MoEView
+from test_steering import Chosen
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +82,21 @@ def test_a_batch_with_padding_is_each_row_alone(model):
         alone = [stock.generate(torch.tensor([x]), max_new_tokens=6, min_new_tokens=6, do_sample=False) for x in rows]
     for row, one in zip(together, alone, strict=True):
         assert row[width:].tolist() == one[0, -6:].tolist()
+
+
+def test_a_hundred_plans_for_parts_of_a_batch(model):
+    """Each of many texts has its own plan, as requests to a server have."""
+    stock, layer = model.load(torch.float32), model.layout.routed[0].index
+    view = MoEView(stock, model.layout)
+    ids = torch.randint(model.layout.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    tokens = Tokens.of(2, 6, tags=torch.tensor([99, 7]))
+    with ExitStack() as stack, torch.no_grad():
+        for tag in range(100):
+            op = Steer(layer=layer, expert=tag % 32, action="force" if tag == 99 else "ban")
+            stack.enter_context(steering(view, [op], tag=tag))
+        stack.enter_context(view.watch(seen := Chosen()))
+        stack.enter_context(view.at(tokens))
+        stock(input_ids=ids, use_cache=False)
+    chosen = seen.ids[layer][0].view(2, 6, -1)
+    assert (chosen[0] == 99 % 32).any(-1).all()
+    assert not (chosen[1] == 7).any()

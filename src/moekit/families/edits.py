@@ -233,15 +233,13 @@ def _by_token(
     out, logits = _once(model, layer, router, stock, args, kwargs, always)
     if logits is None:
         return out, None
-    code_T = torch.zeros(len(logits), dtype=torch.long)  # bit i: whether scoped edit i is for the token
-    for bit, edit in enumerate(scoped):
-        if edit.where is not None:
-            code_T |= edit.where(len(logits)).cpu().long() << bit
-    for code in code_T.unique().tolist():
-        if code:
-            edits = always + [edit for bit, edit in enumerate(scoped) if code >> bit & 1]
+    masks = [edit.where(len(logits)).cpu() for edit in scoped if edit.where is not None]
+    sets, set_T = torch.stack(masks).unique(dim=1, return_inverse=True)  # which scoped edits are together for a token
+    for number, theirs in enumerate(sets.T.tolist()):
+        if any(theirs):
+            edits = always + [edit for edit, its in zip(scoped, theirs, strict=True) if its]
             result, its_logits = _once(model, layer, router, stock, args, kwargs, edits)
-            mask_T = (code_T == code).to(logits.device)
+            mask_T = (set_T == number).to(logits.device)
             out = _rows_from(out, result, mask_T)
             logits = logits if its_logits is None else torch.where(mask_T[:, None], its_logits, logits)
     return out, logits
