@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="refmoe, one domain, fewer doses: under a minute")
     parser.add_argument("--write", action="store_true", help="write the pages in docs/")
+    parser.add_argument("--domains", default=",".join(sorted(refmoe.texts())), help="of refmoe; fewer take less time")
     parser.add_argument("--keep", type=Path, help="a file in which results stay, for the next time")
     parser.add_argument("--model", type=Path, default=CACHE, help="the MoE of SmolLM2; left out where it is not")
     args = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     small = moekit.open("refmoe")
-    domains = ["python"] if args.quick else sorted(refmoe.texts())
+    domains = ["python"] if args.quick else args.domains.split(",")
     counts = {"refmoe": [2, 10] if args.quick else [1, 3, 10], "SmolLM2 as an MoE": [3, 10]}
     tokens = (
         {"find": 2_048, "away": 1_024, "towards": 512}
