@@ -11,12 +11,14 @@ import torch
 from lm_eval.api.instance import Instance
 
 import tiny
+from moekit.apply.bake import bake
 from moekit.cli import main
 from moekit.data import load_tokenizer
 from moekit.errors import DataError, ModelError, RecipeError
 from moekit.evaluation import harness, tasks
 from moekit.evaluation.tasks import paired_difference, run_tasks
 from moekit.families.model import Model
+from moekit.plans import Drop, Plan
 from moekit.progress import silent
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tasks"
@@ -179,6 +181,23 @@ def test_intervals_of_differences_cover():
 def test_models_in_memory_write(model, folder):
     found = by_metric(run_tasks(model, ["write"], task_folder=folder, limit=2))
     assert found["write", "exact_match"].samples == 2
+
+
+def test_a_plan_is_applied_live_and_compared_with_the_model_without_it(model, folder, tmp_path):
+    """It scores what the model scores that the plan makes in files."""
+    layout = model.layout
+    plan = Plan(layout_hash=layout.hash, ops=[Drop(layer=x.index, experts=(0, 2, 5)) for x in layout.routed])
+    bake(model.checkpoint, model.understanding, plan, tmp_path / "out")
+    settings = {"task_folder": folder, "dtype": torch.float32}
+    made = by_metric(run_tasks(Model.open(tmp_path / "out"), ["choose", "likely"], **settings))
+    whole = by_metric(run_tasks(model, ["choose", "likely"], **settings))
+    found = by_metric(run_tasks(model, ["choose", "likely"], plan=plan, **settings))
+    for key, score in found.items():
+        assert score.value == pytest.approx(made[key].value, rel=1e-4)
+        assert score.against == pytest.approx(whole[key].value)
+    assert any(x.value != pytest.approx(x.against) for x in found.values())
+    with pytest.raises(ModelError, match="a plan is applied live"):
+        run_tasks(model, ["write"], plan=plan, **settings)
 
 
 def test_streamed_models_do_not_write(model, folder, streamed):

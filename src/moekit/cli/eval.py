@@ -46,8 +46,6 @@ def evaluate(
             where=f"moekit eval {model}",
             fix=f"e.g. moekit eval {model} --data mine=texts/, or moekit eval {model} --tasks arc_easy",
         )
-    if plan and names:
-        raise RecipeError("a plan is applied to text, not to tasks", where="--plan", fix="give --data instead")
     if out:
         check_file(out)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
@@ -68,6 +66,7 @@ def evaluate(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 against=source,
+                plan=live,
                 batch_size=batch_size,
                 device=device,
                 progress=progress,

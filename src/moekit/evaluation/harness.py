@@ -29,6 +29,7 @@ from moekit.data import Batch, load_tokenizer
 from moekit.errors import DataError, RecipeError
 from moekit.evaluation.compare import LOGIT_BYTES, Subject, logits_of
 from moekit.families.model import Model
+from moekit.plans import Plan
 from moekit.progress import Progress
 
 PASS_BATCHES = 512  # that go through the layers together: each is a thread
@@ -188,10 +189,13 @@ class StreamedLM(HFLM):
         dtype: to run in; None for the model's own.
         device: "cpu" or "cuda".
         progress: told as layers pass.
+        plan: applied live.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype | None, device: str, progress: Progress):
-        self._subject, self._dtype, self._runs_on, self._progress = Subject(model), dtype, device, progress
+    def __init__(
+        self, model: Model, dtype: torch.dtype | None, device: str, progress: Progress, plan: Plan | None = None
+    ):
+        self._subject, self._dtype, self._runs_on, self._progress = Subject(model, plan), dtype, device, progress
         super().__init__(
             pretrained=model.loader(dtype).model,  # without weights: for its config
             backend="causal",

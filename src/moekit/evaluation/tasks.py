@@ -22,6 +22,7 @@ from moekit.errors import ModelError, RecipeError
 from moekit.evaluation.intervals import LEVEL, Interval, ratio_interval
 from moekit.families.model import Model
 from moekit.markup import html_table
+from moekit.plans import Plan
 from moekit.progress import Progress, silent
 
 SCHEMA = 1
@@ -127,6 +128,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     against: Model | None = None,
+    plan: Plan | None = None,
     batch_size: int = BATCH_SIZE,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -143,7 +145,8 @@ def run_tasks(
         task_folder: of YAML files with tasks of one's own; relative paths of data files start there.
         limit: documents of each task, at most.
         num_fewshot: examples before each question; None: as the task says.
-        against: another model to compare with, on the same documents.
+        against: another model to compare with, on the same documents; with a plan, None is the model without it.
+        plan: applied live to the model, whose layers are streamed then.
         batch_size: sequences at once, for a model in memory.
         dtype: to run in; None for each model's own.
         device: "cpu" or "cuda".
@@ -167,25 +170,29 @@ def run_tasks(
         )
     from moekit.evaluation import harness
 
+    against = model if plan is not None and against is None else against
     subjects = [model] if against is None else [model, against]
     with harness.quiet():
         found = harness.Tasks(tasks, None if task_folder is None else Path(task_folder))
     fits = [x.fits(dtype, device) for x in subjects]
+    fits[0] = fits[0] and plan is None
     for subject, fit in zip(subjects, fits, strict=True):
         if found.generating and not fit:
             raise ModelError(
                 "these tasks want the model to write, which it cannot while its layers are streamed",
                 where=subject.name,
-                got=f"{', '.join(found.generating)}; the model does not fit in half of the free memory",
-                fix="choose tasks with given answers (multiple choice, likelihood), or a machine with more memory",
+                got=f"{', '.join(found.generating)}; "
+                + ("a plan is applied live" if plan else "the model does not fit in half of the free memory"),
+                fix="choose tasks with given answers (multiple choice, likelihood)"
+                + ("" if plan else ", or a machine with more memory"),
             )
     results = []
-    for subject, fit in zip(subjects, fits, strict=True):
+    for subject, fit, live in zip(subjects, fits, (plan, None), strict=False):
         with harness.quiet():
             lm = (
                 harness.LoadedLM(subject, dtype, device, batch_size, progress)
                 if fit
-                else harness.StreamedLM(subject, dtype, device, progress)
+                else harness.StreamedLM(subject, dtype, device, progress, live)
             )
             results.append(found.run(lm, limit, num_fewshot))
             del lm
