@@ -226,6 +226,8 @@ def _linear(module: nn.Module, kernels: Native, threads: int, x: torch.Tensor) -
 @torch.inference_mode()
 def _pays(shape: tuple[int, int], threads: int) -> bool:
     kernels = native()[0]
+    if kernels is None:
+        return False
     weight, x = torch.ones(shape, dtype=torch.bfloat16), torch.ones(1, shape[1], dtype=torch.bfloat16)
-    mine = _seconds(lambda: kernels.linear(x, weight, None, threads))
-    return mine < MARGIN * _seconds(lambda: nn.functional.linear(x, weight))
+    mine = _seconds(partial(kernels.linear, x, weight, None, threads))
+    return mine < MARGIN * _seconds(partial(nn.functional.linear, x, weight))

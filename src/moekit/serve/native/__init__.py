@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ class Native:
 
 
 def _address(numbers: Sequence[float], code: str) -> ctypes.Array:
-    kinds = {"q": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
+    kinds: dict[str, Any] = {"q": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
     return (kinds[code] * len(numbers)).from_buffer(array(code, numbers))
 
 
