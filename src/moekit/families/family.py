@@ -156,7 +156,7 @@ class Family:
             hidden: what it is given.
             products: gives the experts that are asked for, in any order.
         """
-        raise NotImplementedError("experts by contract are run by the registered function")
+        raise TypeError("experts by contract are run by the registered function")
 
     @contextmanager
     def watch_experts(self, view: View, layer: MoELayer, observer: Observer) -> Iterator[None]:
