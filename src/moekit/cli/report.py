@@ -16,9 +16,7 @@ EVALUATION = typer.Option(None, help="What `moekit eval --out` wrote: divergence
 ABLATION = typer.Option(None, help="What `moekit ablate --out` wrote: the loss without experts.")
 UNLEARNING = typer.Option(None, help="Scores of an unlearning run (see the verb's page for the format).")
 
-STEERING = typer.Option(
-    None, help="What `moekit steer test --out` wrote: a plan that was tested."
-)
+STEERING = typer.Option(None, help="What `moekit steer test --out` wrote: a plan that was tested.")
 
 
 def register(app: typer.Typer) -> None:
