@@ -15,14 +15,38 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 COLUMNS = {"keys": -2, "values": -2, "indexer_keys": 1}  # what has a column for each token, and in which dimension
 LENGTH = "cumulative_length"  # tokens that a layer with a window has seen
+ROOM = "_moekit_room"  # tensors with room for more columns, of which keys and values are the first ones
+ROOM_COLUMNS = 16  # stock caches are copied for each token; a joined one for each so many
+
+
+class RoomyLayer(DynamicLayer):
+    """The stock layer with room for the next columns."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
+        """Put columns behind the others; keys and values [B, H, L, ...] with them."""
+        self.keys, self.values = self._put("keys", key_states), self._put("values", value_states)
+        return self.keys, self.values
+
+    def _put(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        old, rooms = getattr(self, name), vars(self).setdefault(ROOM, {})
+        room, length = rooms.get(name), old.shape[-2]
+        size = length + new.shape[-2]
+        if room is None or room.shape[-2] < size:
+            room = old.new_empty(*old.shape[:-2], size + ROOM_COLUMNS, old.shape[-1])
+            room[..., :length, :] = old
+            rooms[name] = room
+        room[..., length:size, :] = new
+        return room[..., :size, :]
 
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of everything that a cache holds."""
-    return sum(x.nbytes for layer in cache.layers for x in _tensors(vars(layer)))
+    held = [value for layer in cache.layers for name, value in vars(layer).items() if name != ROOM]
+    return sum(x.nbytes for x in _tensors(held))
 
 
 def join(caches: Sequence[DynamicCache]) -> DynamicCache:
@@ -36,6 +60,8 @@ def join(caches: Sequence[DynamicCache]) -> DynamicCache:
     """
     first = caches[0]
     for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for layer in layers:
+            vars(layer).pop(ROOM, None)
         longest = {
             name: max(x.shape[dim] for x in (vars(layer).get(name) for layer in layers) if _filled(x))
             for name, dim in COLUMNS.items()
@@ -45,6 +71,8 @@ def join(caches: Sequence[DynamicCache]) -> DynamicCache:
         for layer in layers[1:]:
             vars(layer).update(dict.fromkeys(COLUMNS))  # freed layer by layer: never twice in memory
         vars(layers[0]).update(whole)
+        if type(layers[0]) is DynamicLayer and _filled(layers[0].keys):
+            layers[0].__class__ = RoomyLayer
     return first
 
 
@@ -58,6 +86,7 @@ def keep(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
     """
     index = torch.tensor(rows)
     for layer in cache.layers:
+        vars(layer).pop(ROOM, None)
         for name, value in vars(layer).items():
             if name == LENGTH:
                 setattr(layer, name, columns)
@@ -67,6 +96,26 @@ def keep(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
                 setattr(layer, name, value[index].narrow(dim, value.shape[dim] - count, count).contiguous())
             else:
                 setattr(layer, name, _changed(value, lambda x: x[index] if x.dim() else x))
+
+
+def stretch(cache: DynamicCache, rows: int, columns: int) -> None:
+    """Repeat what a cache of one text holds until it is as large as one of so many long texts; for measuring memory.
+
+    Args:
+        cache: [1, ...], changed in place.
+        rows: of the new cache.
+        columns: of each of them; layers with a window keep what fits in it.
+    """
+    for layer in cache.layers:
+        size = min(columns, getattr(layer, "sliding_window", columns))
+        for name, value in vars(layer).items():
+            if name in COLUMNS and _filled(value):
+                places = torch.arange(size) % value.shape[COLUMNS[name]]
+                value = value.index_select(COLUMNS[name], places)
+            if name == LENGTH:
+                setattr(layer, name, columns)
+            else:
+                setattr(layer, name, _changed(value, lambda x: x.repeat_interleave(rows, 0) if x.dim() else x))
 
 
 def _filled(value: Any) -> bool:

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from moekit.errors import DataError, RecipeError
-from moekit.families.caches import cache_bytes
+from moekit.families.caches import ROOM_COLUMNS, cache_bytes, stretch
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
 from moekit.families.resident import check_filled, empty_cache, put, skeleton
@@ -134,7 +134,9 @@ class Engine:
         per_token, per_text, work = self._probe()
         told = predictor_of(predictor, self.model, self.layout, routes, lambda ids_1T: self.logits(ids_1T[0].tolist()))
         self.cache.close()
-        self.memory = self._divide(budget, per_token * self.kept_tokens + per_text * texts, work)
+        self.timing, self.telemetry = Timing(), Telemetry()
+        room = 0 if texts == 1 else texts * ROOM_COLUMNS
+        self.memory = self._divide(budget, per_token * (self.kept_tokens + room) + per_text * texts, work)
         self.cache = self._cache(self.memory.experts, policy, verify, routes)
         self.prefetcher = None if told is None else Prefetcher(self.model, told[1], self.cache, told[0])
         self.losses = None if lossy is None else Losses(lossy, MoEView(self.model, self.layout))
@@ -175,9 +177,27 @@ class Engine:
             self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             sizes.append(cache_bytes(past))
         per_token = max(0, sizes[1] - sizes[0]) // CHUNK_TOKENS
-        before = _rss()
-        peak = _peak_rss()
-        return per_token, max(0, sizes[0] - 16 * per_token), max(0, peak - before) + SLACK_BYTES
+        for rows in {1, self.texts}:
+            with suppress(Exception):  # a family whose caches cannot be stretched: then less is known
+                self._run_longest(rows)
+        gc.collect()
+        _trim()
+        work = _peak_rss() - _rss() - per_token * self.kept_tokens
+        return per_token, max(0, sizes[0] - 16 * per_token), max(0, work) + SLACK_BYTES
+
+    def _run_longest(self, rows: int) -> None:
+        """The largest forwards that will come: a chunk behind a long prompt, or a token of several long texts."""
+        past = empty_cache(self.model)
+        start = min(CHUNK_TOKENS, max(1, self.context - CHUNK_TOKENS))
+        ids = torch.arange(start)[None] % self.layout.vocab_size
+        self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        if rows == 1:
+            stretch(past, 1, max(start, self.context - CHUNK_TOKENS))
+            self.forward(ids, past, "prefill")
+            return
+        columns = max(2, self.kept_tokens // rows)
+        stretch(past, rows, columns)
+        self.forward(ids[:, :1].expand(rows, 1), past, "decode", [columns - 1, *[columns] * (rows - 1)])
 
     def _divide(self, budget: int | None, context: int, work: int) -> Memory:
         gc.collect()
