@@ -87,9 +87,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} in docs/benchmarks")
     arguments = parser.parse_args()
     small = 512 if arguments.quick else 1024
-    settings = [Setting("refmoe", "refmoe", small, 1536 if arguments.quick else 6144, 0.006)]
+    settings = [Setting("refmoe", "refmoe", small, 1536 if arguments.quick else 3072, 0.006)]
     if SMOLLM2.is_dir() and not arguments.quick:
-        settings.append(Setting("SmolLM2 as an MoE", str(SMOLLM2), 768, 1536, 0.020))
+        settings.append(Setting("SmolLM2 as an MoE", str(SMOLLM2), 512, 1024, 0.020))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for setting in settings:
