@@ -34,11 +34,18 @@ class Moekit:
 
     name, exact = "moekit", True
 
-    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int):
+    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int, texts: int):
         from moekit.serve.engine import Engine
 
         torch.set_num_threads(threads)
-        self.engine = Engine(workdir / "store", memory=limit_bytes, context=CONTEXT, exact=self.exact)
+        self.engine = Engine(
+            workdir / "store",
+            memory=limit_bytes,
+            context=CONTEXT,
+            exact=self.exact,
+            texts=texts,
+            kept_tokens=texts * CONTEXT,
+        )
         self.files = sorted((workdir / "store").iterdir())
         self.routes: list[tuple[int, tuple[int, ...]]] = []
         for layer in self.engine.layout.routed:
@@ -118,7 +125,7 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int):
+    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int, texts: int):
         from _llama_cpp import Llama
 
         self.files = [workdir / "model.gguf"]
@@ -144,7 +151,7 @@ class Accelerate:
 
     name = "accelerate"
 
-    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int):
+    def __init__(self, workdir: Path, limit_bytes: int | None, share: float, threads: int, texts: int):
         import accelerate
         from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 
@@ -205,7 +212,9 @@ def run(part: dict[str, Any], workdir: Path) -> dict[str, Any]:
             phases cold, between and warm).
         workdir: with the model in every form.
     """
-    system = SYSTEMS[part["system"]](workdir, part["limit_bytes"], part["share"], part["threads"])
+    # Before anything is mapped: pages that are mapped, or that another process brought in, count for no limit.
+    drop_pages([x for x in (*workdir.glob("*.gguf"), *workdir.glob("*/*")) if x.is_file()])
+    system = SYSTEMS[part["system"]](workdir, part["limit_bytes"], part["share"], part["threads"], part["batch"])
     ids = torch.load(workdir / "ids.pt")
     texts = ids[: part["batch"]]
     row: dict[str, Any] = {"facts": system.facts()}
