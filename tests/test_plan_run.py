@@ -60,10 +60,7 @@ def test_more_memory_is_never_slower_and_the_limit_moves():
     found = [foresee(MODEL, SPEEDS, 16, gib << 30) for gib in (1, 3, 5, 8, 12, 20)]
     assert [x.fits for x in found] == [False, True, True, True, True, True]
     assert found[0].tokens_s == (0.0, 0.0)
-    assert all(
-        a.tokens_s[0] <= b.tokens_s[0] and a.tokens_s[1] <= b.tokens_s[1]
-        for a, b in pairwise(found)
-    )
+    assert all(a.tokens_s[0] <= b.tokens_s[0] and a.tokens_s[1] <= b.tokens_s[1] for a, b in pairwise(found))
     assert found[1].limit == "disk"
     assert found[-1].held == 1.0
     assert found[-1].disk_bytes == (0.0, 0.0)

@@ -32,7 +32,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _put(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        old, rooms = getattr(self, name), vars(self).setdefault(ROOM, {})
+        old, rooms = getattr(self, name), self.__dict__.setdefault(ROOM, {})
         room, length = rooms.get(name), old.shape[-2]
         size = length + new.shape[-2]
         if room is None or room.shape[-2] < size:

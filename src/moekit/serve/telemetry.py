@@ -7,7 +7,7 @@ be hidden is a stall.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -56,8 +56,8 @@ class Telemetry:
         finished: requests, by how they ended.
     """
 
-    forward_s: Counter[str] = field(default_factory=Counter)
-    stall_s: Counter[str] = field(default_factory=Counter)
+    forward_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stall_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     forwards: Counter[str] = field(default_factory=Counter)

@@ -78,7 +78,7 @@ def asks(request: Request, prompts: Sequence[Sequence[int]]) -> list[Ask]:
     elif isinstance(request, CompletionRequest):
         most, top = request.max_tokens, request.logprobs
     seed = secrets.randbits(48) if request.seed is None else request.seed
-    out = []
+    out: list[Ask] = []
     for ids in prompts:
         for _ in range(request.n):
             sampling = Sampling(

@@ -24,7 +24,7 @@ class Metrics:
     def __init__(self, scheduler: Scheduler, answers: Mapping[int, int]):
         self.scheduler, self.answers = scheduler, answers
         self._registry = CollectorRegistry()
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """What /metrics answers."""
