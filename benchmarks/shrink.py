@@ -1,6 +1,6 @@
 """Smaller models at equal bytes: every method of the registry, and what the planner chooses, by budget and calibration.
 
-    python benchmarks/shrink.py            # refmoe and the MoE of SmolLM2 (see _smollm2.py), under half an hour
+    python benchmarks/shrink.py            # refmoe and the MoE of SmolLM2 (see _smollm2.py), about an hour
     python benchmarks/shrink.py --write    # and write the page in docs/
     python benchmarks/shrink.py --only smollm2      # one of the two, its scores kept for the next time
     python benchmarks/shrink.py --quick    # refmoe, one domain, two budgets, few tokens: under a minute
@@ -194,8 +194,8 @@ def sizes(args: argparse.Namespace) -> list[Size]:
         return [Size("refmoe", one, one, (0.5, 0.25), args.calibration or 2048, args.tokens or 1024)]
     out = [Size("refmoe", domains, domains, BUDGETS, args.calibration or 8192, args.tokens or 2048)]
     if args.smollm2.is_dir():
-        seen, held_out = args.calibration or 2048, min(args.tokens or 512, 512)
-        out.append(Size(str(args.smollm2), domains, ("kjv", "python"), BUDGETS, min(seen, 2048), held_out))
+        budgets = tuple(float(x) for x in args.smollm2_budgets.split(","))
+        out.append(Size(str(args.smollm2), domains, ("kjv", "python"), budgets, 1024, 256))
     else:
         print(f"left out: the MoE of SmolLM2, there is no {args.smollm2}; make it by benchmarks/_smollm2.py")
     return out
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, help="tokens of each domain to calibrate on")
     parser.add_argument("--tokens", type=int, help="held-out tokens of each domain")
     parser.add_argument("--smollm2", type=Path, default=CACHE, help="folder of the model that _smollm2.py makes")
+    parser.add_argument("--smollm2-budgets", default="0.75,0.5,0.35,0.25", help="shares of the experts' bytes there")
     parser.add_argument("--only", choices=("refmoe", "smollm2"), help="measure one, keep its scores, judge nothing")
     parser.add_argument("--notes", type=Path, default=CACHE.parent / "shrink", help="folder for scores that are kept")
     args = parser.parse_args()
@@ -248,7 +249,7 @@ def main() -> None:
                 continue
             lab = opened(size, Path(folder) / str(number), None if args.quick else args.notes)
             found.append(Found(size, lab))
-            costs = by_cost(lab, (2.5,) if args.quick else (2, 2.5, 3))
+            costs = by_cost(lab, (2, 2.5, 3) if size.model == "refmoe" and not args.quick else (2.5,))
             sheets.append(Sheet(found[-1].name, about(size, lab), lab.full, found[-1].rows, costs))
             seconds[found[-1].name] = round(time.perf_counter() - begun, 1)
         if args.only:
