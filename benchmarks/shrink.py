@@ -249,7 +249,7 @@ def main() -> None:
                 continue
             lab = opened(size, Path(folder) / str(number), None if args.quick else args.notes)
             found.append(Found(size, lab))
-            costs = by_cost(lab, (2, 2.5, 3) if size.model == "refmoe" and not args.quick else (2.5,))
+            costs = by_cost(lab, (2.5,) if args.quick else (2, 2.5, 3)) if size.model == "refmoe" else {}
             sheets.append(Sheet(found[-1].name, about(size, lab), lab.full, found[-1].rows, costs))
             seconds[found[-1].name] = round(time.perf_counter() - begun, 1)
         if args.only:

@@ -79,12 +79,15 @@ def make_plan(
     if method.kind == "factor":
         if settings["steps"]:
             raise PlanError(f"healing by {name!r} runs over text", fix="use moekit compress, or leave steps out")
-        return factor.make_plan(method, layout, settings)
+        plan = factor.make_plan(method, layout, settings)
+        plan.meant = method.kind
+        return plan
     counts = budgets.uniform(layout, keep)
     if stats is None:
         if method.groups:
             raise PlanError(f"the method {name!r} needs statistics", fix="measure the model first")
         plan = quantize.make_plan(method, None, layout, domain=domain, settings=settings)
+        plan.meant = method.kind
         plan.check(layout)
         return plan
     if stats.layout_hash != layout.hash or counts.keys() - stats.layers.keys():
