@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -157,6 +156,4 @@ def test_the_own_form_when_asked_for(talker, tmp_path):
     assert moekit.open(result.path).layout.quantisation == "moekit"
     card = (result.path / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "moekit"  # stock transformers finds no weights
-    for plan in json.loads((result.path / "moekit.json").read_text()).get("plans", []):
-        assert plan["tensors"] == ""  # they were removed with the run's folder
     assert result.baked.bytes_after == next(x.candidate.bytes for x in choice.frontier.points if x.chosen)

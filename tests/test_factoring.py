@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import moekit
 import zoo
+from family_proofs import INTEL
 from moekit.apply.bake import bake
 from moekit.data import Batch
 from moekit.errors import CheckpointError, PlanError
@@ -71,7 +72,7 @@ def test_files_do_what_the_live_plan_does(source, tmp_path, family, form, others
     applied = logits(model, plan)
     made = written(model, plan, tmp_path / "out")
     # A router with fewer rows may be multiplied in another order of sums: on some CPUs the last bit differs.
-    assert torch.allclose(logits(made), applied, rtol=0, atol=1e-5 if others else 0)  # streamed
+    assert torch.allclose(logits(made), applied, rtol=0, atol=1e-5 if others and not INTEL else 0)  # streamed
     ids = zoo.inputs(model.layout.family)["input_ids"]
     with torch.no_grad():
         whole = made.load(torch.float32)(input_ids=ids, use_cache=False).logits
@@ -125,7 +126,7 @@ def test_a_factored_model_can_be_pruned(source, tmp_path):
     made = written(model, factors(model), tmp_path / "made")
     drop = Plan(layout_hash=made.layout.hash, ops=[Drop(layer=x.index, experts=(0, 7)) for x in made.layout.routed])
     pruned = written(made, drop, tmp_path / "pruned")
-    assert torch.allclose(logits(pruned), logits(made, drop), rtol=0, atol=1e-5)
+    assert torch.allclose(logits(pruned), logits(made, drop), rtol=0, atol=0 if INTEL else 1e-5)
     assert pruned.layout.total.bytes < made.layout.total.bytes
 
 

@@ -169,6 +169,7 @@ def test_what_the_result_says_of_its_steps(recipe, tmp_path):
     made_of = json.loads((out / "moekit.json").read_text())
     assert made_of["source"]["fingerprint"] == Model.open(made.model).fingerprint
     assert [Plan(**x).ops for x in made_of["plans"]] == [x.plan.ops for x in result.steps]
+    assert {x["tensors"] for x in made_of["plans"]} == {""}  # numbers that plans held are in the weights
     assert Recipe.load(out / "recipe.yaml") == made
     assert Plan.load(out / "plan.json").ops == result.plan.ops
     assert not (tmp_path / "out.work").exists()

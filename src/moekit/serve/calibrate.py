@@ -11,7 +11,6 @@ the other matrices (attention, vocabulary) when few rows are multiplied: the sam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,10 +20,10 @@ from torch import nn
 
 from moekit.serve import forms
 from moekit.serve.forms import packed_expert, product
+from moekit.serve.machine import quickest
 from moekit.serve.native import ACTS, Native, native
 
 ROWS = (1, 2, 4, 8, 16, 32)  # that are tried
-REPEATS = 3
 MARGIN = 0.95  # of another kernel's time that one may take to replace it
 LINEAR_ROWS = 4  # of attention and vocabulary that the native kernel takes
 
@@ -107,16 +106,16 @@ def measured(
         one, group = _expert(sizes, bits)
         if bits < 16 and forms.has_kernel():
             forms.FEW_ROWS[bits] = max(ROWS)
-            few = {rows: _seconds(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
+            few = {rows: quickest(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
             forms.FEW_ROWS[bits] = 0
-            many = {rows: _seconds(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
+            many = {rows: quickest(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
             forms.FEW_ROWS[bits] = _last(few, many)
             others = {rows: min(few[rows], many[rows]) for rows in ROWS}
         else:
-            others = {rows: _seconds(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
+            others = {rows: quickest(partial(_with_torch, one, sizes, gated, rows)) for rows in ROWS}
         if kernels is not None:
             row = row_of(one, bits, group, True)
-            mine = {rows: _seconds(_native_call(kernels, row, sizes, gated, rows, threads)) for rows in ROWS}
+            mine = {rows: quickest(_native_call(kernels, row, sizes, gated, rows, threads)) for rows in ROWS}
             out.append((bits, _last({rows: x / MARGIN for rows, x in mine.items()}, others)))
     return tuple(out)
 
@@ -153,16 +152,6 @@ def _native_call(
 ) -> Callable[[], None]:
     x, out = torch.ones(rows, sizes[0], dtype=torch.bfloat16), torch.empty(rows, sizes[0])
     return lambda: kernels.experts(row, [0, rows], range(rows), x, sizes, gated, 0, out, threads)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    call()
-    best = float("inf")
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def _last(mine: dict[int, float], others: dict[int, float]) -> int:
@@ -229,5 +218,5 @@ def _pays(shape: tuple[int, int], threads: int) -> bool:
     if kernels is None:
         return False
     weight, x = torch.ones(shape, dtype=torch.bfloat16), torch.ones(1, shape[1], dtype=torch.bfloat16)
-    mine = _seconds(partial(kernels.linear, x, weight, None, threads))
-    return mine < MARGIN * _seconds(partial(nn.functional.linear, x, weight))
+    mine = quickest(partial(kernels.linear, x, weight, None, threads))
+    return mine < MARGIN * quickest(partial(nn.functional.linear, x, weight))
