@@ -27,6 +27,7 @@ FITTED: dict[str, str] = {
     "ream": "moekit.fitting.sequential:plan",
     "mc-smoe": "moekit.fitting.factors:plan",
     "router-lstsq": "moekit.fitting.heal.rows:plan",
+    "distill": "moekit.fitting.heal.whole:plan",
     "router-distill": "moekit.fitting.heal.layers:plan",
     "reconstruct": "moekit.fitting.heal.layers:plan",
 }

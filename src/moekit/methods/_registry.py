@@ -42,6 +42,7 @@ METHODS = {
     "gptq-int2": "moekit.methods.quantize.gptq:int2",
     "mc-moe": "moekit.methods.quantize.mc_moe:way",
     "router-lstsq": "moekit.methods.heal.router_lstsq:sums",
+    "distill": "moekit.methods.heal.distill:tuning",
     "router-distill": "moekit.methods.heal.router_distill:tuning",
     "reconstruct": "moekit.methods.heal.reconstruct:tuning",
     "mote": "moekit.methods.steer.mote:find",

@@ -1,4 +1,4 @@
-"""The whole student tuned at once: its routers learn the teacher's next-token distributions.
+"""The whole student tuned at once: routers, or experts too, learn the teacher's next-token distributions.
 
 The teacher runs first, streamed, and leaves its likeliest tokens on disk; then the student is loaded, in one process or
 over several (`moekit.fitting.heal.team`), and Adam runs. What held-out text likes best is kept.
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit import methods
 from moekit.errors import DataError
+from moekit.families.loader import Loader
 from moekit.families.model import Model
 from moekit.fitting.decide import Fit
 from moekit.fitting.heal.folder import FitFolder
@@ -67,7 +68,7 @@ class Order:
 def plan(
     fit: Fit, *, name: str, options: Mapping[str, Any], domain: str | list[str] | None, seed: int, **_: Any
 ) -> Plan:
-    """New router rows, all layers tuned together.
+    """New weights of routers, or of experts too, all layers tuned together.
 
     Args:
         fit: what it may use.
@@ -78,14 +79,14 @@ def plan(
 
     Raises:
         DataError: a single sequence, of which none can be held out.
-        PlanError: routers that are quantised on disk.
+        PlanError: weights that are quantised on disk.
         UserError: see `moekit.fitting.heal.learner`.
     """
     settings = methods.check_options(name, options)[2]
     wanted: Tuning = methods.get(name)(**settings)
     teacher = teacher_of(fit, settings)
     loader = fit.model.loader(fit.dtype)
-    keys = {x.index: to_tune(loader, x, "routers") for x in fit.model.layout.routed}
+    keys = _keys(loader, fit.model, wanted)
     batches = text_of(fit, domain)
     if sum(len(x.ids) for x in batches) < 2:
         raise DataError("too little text to heal on: none of it could be held out", fix="give more text")
@@ -124,9 +125,17 @@ def plan(
         f"KL from the source on held-out text, nats a token: {record['before']:.4f} -> {record['after']:.4f}, "
         f"after {record['step']} of {wanted.steps} steps"
         if record["step"]
-        else "held-out text got no better: the routers stay as they are"
+        else "held-out text got no better: the weights stay as they are"
     )
     return made
+
+
+def _keys(loader: Loader, student: Model, wanted: Tuning) -> dict[int, tuple[str, ...]]:
+    """Keys of the parameters that learn, by decoder layer."""
+    return {
+        layer.index: tuple(key for part in wanted.parts for key in to_tune(loader, layer, part))
+        for layer in student.layout.routed
+    }
 
 
 def _forget(folder: Path) -> None:
@@ -154,7 +163,7 @@ class _Distillation:
         student = Model.open(order.model, trust_remote_code=order.trust_remote_code)
         loader = student.loader(order.dtype, self.team.device(order.device))
         loader.differentiable()
-        keys = {x.index: to_tune(loader, x, "routers") for x in student.layout.routed}
+        keys = _keys(loader, student, order.tuning)
         self.team.load(loader, frozenset(key for names in keys.values() for key in names))
         if self.tuning.recompute:
             for layer in loader.layers:
