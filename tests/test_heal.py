@@ -420,26 +420,31 @@ def load(self, loader, learning):
     stock(self, loader, learning)
     for name, x in loader.layers.named_parameters():
         here = getattr(x, "to_local", lambda: x)().numel() / x.numel()
-        assert here == (1 if name.endswith("gate.weight") else 0.5), name
+        assert here == (1 if name.endswith({learning!r}) else 0.5), name
 Team.load = load
 with gathered() as first:
     if first:
         assert Team.here().size == 2
         fit = t.fit_of(Model.open({source!r}), Model.open({model!r}), t.Path({folder!r}))
-        t.heal("router-distill", fit, sequences=3).save({plan!r})
+        t.heal({job!r}, fit, sequences=3).save({plan!r})
 """
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe"])
-def test_two_processes_tune_as_one_does(pruned, family, tmp_path):
-    source, model = pruned(family)
-    alone = heal("router-distill", fit_of(source, model, tmp_path / "alone"), sequences=3)
+@pytest.mark.parametrize(
+    ("job", "learning"),
+    [("router-distill", ("gate.weight",)), ("distill", ("gate.weight", "gate_up_proj", "down_proj"))],
+)
+def test_two_processes_tune_as_one_does(pruned, job, learning, tmp_path):
+    source, model = pruned("qwen3_moe")
+    alone = heal(job, fit_of(source, model, tmp_path / "alone"), sequences=3)
     code = WORKER.format(
         tests=str(Path(__file__).parent),
         source=str(source.path),
         model=str(model.path),
         folder=str(tmp_path / "two"),
         plan=str(tmp_path / "plan.json"),
+        job=job,
+        learning=learning,
     )
     running = [
         subprocess.Popen(
