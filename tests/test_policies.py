@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-
 import numpy as np
 import pytest
 import torch
@@ -304,15 +302,33 @@ def packed(tmp_path_factory):
     return pack(model, root / "store"), root / "trace"
 
 
-class Now:
-    """Runs what it is given at once, so that no test depends on time."""
+class AtOnce:
+    """Reads that are over when they begin, so that no test depends on time."""
 
-    def submit(self, call, *arguments):
-        out = Future()
-        out.set_result(call(*arguments))
-        return out
+    def __init__(self, cache):
+        cache.reads.close()
+        self.store, self.slots, self.reading = cache.store, cache._slots, set()
 
-    def shutdown(self, cancel_futures):
+    def start(self, reads, urgent=True):
+        for layer, expert, slot in reads:
+            self.store.read(layer, expert, self.slots[slot])
+            self.reading.add(slot)
+
+    def has(self, slot):
+        return slot in self.reading
+
+    over = has
+
+    def hurry(self, slot):
+        return False
+
+    cancel = hurry
+
+    def take(self, slot):
+        self.reading.remove(slot)
+        return 1e-9
+
+    def close(self):
         pass
 
 
@@ -331,7 +347,7 @@ def test_reading_ahead_changes_no_token_and_no_hit(packed, name, monkeypatch):
         if engine.prefetcher is not None:
             small.predict, engine.prefetcher._cache = engine.prefetcher.predict, small
         small._one_read_s, small._pause_s = 1e-9, paused  # as if the disk had been seen to rest so long
-        small._scout = Now()
+        small.reads = AtOnce(small)
         engine.cache.close()
         engine.cache = small
         out = list(engine.stream(ids, 12))
@@ -349,7 +365,7 @@ def test_reading_ahead_changes_no_token_and_no_hit(packed, name, monkeypatch):
 
 def test_a_busy_disk_is_not_read_ahead_of(packed):
     engine = Engine(packed[0])
-    engine.cache._scout = Now()
+    engine.cache.reads = AtOnce(engine.cache)
     engine.cache._one_read_s, engine.cache._pause_s = 1.0, 0.5
     engine.cache.predict = lambda layer: [0, 1, 2]
     list(engine.cache.run(engine.cache.indices[0], [4, 5]))

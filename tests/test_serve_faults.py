@@ -14,9 +14,10 @@ import torch
 
 import moekit
 from moekit.errors import CheckpointError, OutputError
-from moekit.serve import packing
+from moekit.serve import cache, packing
 from moekit.serve.engine import Engine
 from moekit.serve.packing import pack
+from moekit.serve.reads import PythonReads
 from moekit.serve.store import ExpertStore, experts_name
 
 IDS = torch.arange(5, 45)
@@ -34,6 +35,7 @@ def whole(tmp_path_factory):
 
 def test_a_read_that_fails_is_named_and_the_next_run_is_right(whole, monkeypatch):
     store, logits = whole
+    monkeypatch.setattr(cache, "reads_of", PythonReads)
     engine, stock, reads = Engine(store, context=64), os.preadv, []
 
     def broken(handle, buffers, offset):
@@ -51,6 +53,7 @@ def test_a_read_that_fails_is_named_and_the_next_run_is_right(whole, monkeypatch
 
 def test_a_read_may_come_in_pieces(whole, monkeypatch):
     store, logits = whole
+    monkeypatch.setattr(cache, "reads_of", PythonReads)
     engine, stock = Engine(store, context=64), os.preadv
     monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: stock(handle, [buffers[0][:4096]], at))
     assert torch.equal(engine.logits(IDS), logits)
@@ -112,7 +115,7 @@ def test_a_disk_that_is_too_small_is_refused_first(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import moekit
-from moekit.serve import packing
+from moekit.serve import cache, packing
 stock = packing._write_experts
 def killed(file, *rest):
     if file.name == "experts-00003.bin":

@@ -75,8 +75,8 @@ def test_a_long_prompt_reads_each_expert_once_a_chunk(stores, monkeypatch):
     small = ExpertCache(store, 6 * slot_bytes(store), policy_named("lru", engine.sizes(6)))
     for experts in engine._experts.values():
         experts._moekit_cache = small
-    stock = store.read
-    monkeypatch.setattr(store, "read", lambda *args: reads.append(args[:2]) or stock(*args))
+    stock = small.reads.start
+    monkeypatch.setattr(small.reads, "start", lambda new: reads.extend(x[:2] for x in new) or stock(new))
     prompt = torch.randint(3, 4096, (600,), generator=torch.Generator().manual_seed(2))
     past = empty_cache(engine.model)
     for part in prompt.split(CHUNK_TOKENS):

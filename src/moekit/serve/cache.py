@@ -1,8 +1,8 @@
 """Experts in memory: a fixed number of slots, filled from the store by a few threads, emptied as a policy says.
 
-What stays is decided when a layer begins, by `moekit.serve.policies.Residency`, as the simulator decides it. A few
-slots are for experts that come and go: those that are not kept, and those that a predictor asks for ahead. The latter
-are read one at a time by a thread of their own, while no demanded read is under way, and only as many as fit into the
+What stays is decided when a layer begins, by `moekit.serve.policies.Residency`, as the simulator decides it; reads of
+what is missing begin before that. A few slots are for experts that come and go: those that are not kept, and those that
+a predictor asks for ahead. The latter are read while the disk has nothing else to do, and only as many as fit into the
 pauses of the disk that were measured; they take no resident's place: prefetching changes neither numbers nor hits.
 """
 
@@ -12,19 +12,22 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
-from moekit.errors import RecipeError
+from moekit.errors import CheckpointError, RecipeError
 from moekit.recipe import format_bytes
 from moekit.serve.forms import Held
 from moekit.serve.policies import Decision, Key, Policy, Residency
+from moekit.serve.reads import reads_of
 from moekit.serve.store import ExpertStore, Form
 
 READERS = 4  # reads in flight: what one needs for the disk's full speed, and no more memory than that
-PASSING_SHARE = 8  # one in so many slots is for experts that come and go, up to READERS
+QUIET = 2  # fewer reads in flight than these: one more may be read ahead
+PASSING = 8  # slots for experts that come and go, at most
+PASSING_SHARE = 8  # one in so many slots is for them
 FORGETTING = 0.1  # weight of the newest time among those measured
 
 
@@ -87,12 +90,11 @@ class ExpertCache:
         self._residency = Residency(policy, residents_in(store, memory_bytes))
         self._resident: dict[Key, int] = {}
         self._held: list[tuple[Form, Held] | None] = [None] * total  # by slot: views of it, made once
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moekit-read")
+        self.reads = reads_of(store, self._slots, READERS, QUIET, verify)
         self.counts = Counts([0] * len(self.indices), [0] * len(self.indices))
         self.predict: Callable[[int], Sequence[int]] | None = None
-        self._scout = ThreadPoolExecutor(1, thread_name_prefix="moekit-ahead")
-        self._early: dict[Key, tuple[Future, int]] = {}
-        self._unwanted: list[tuple[Future, int]] = []
+        self._early: dict[Key, int] = {}
+        self._unwanted: list[int] = []
         self._one_read_s = 0.0
         self._pause_s = 0.0
         self._idle_since: float | None = None
@@ -127,42 +129,64 @@ class ExpertCache:
         """
         number = self._number[layer]
         self._pause_ends()
-        decision = self._residency.layer(number, experts, counts)
-        self.counts.hits[number] += len(decision.hits)
-        self.counts.misses[number] += len(decision.misses)
-        going = self._make_room(number, decision)
-        reads: dict[Future, tuple[int, int]] = {}
-        waiting = self._take_early(number, decision, reads)
+        missing = [x for x in experts if not self._residency.resident[number, x]]
+        reading: dict[int, int] = {}  # expert by slot
+        going: dict[int, int] = {}
+        kept: frozenset[int] = frozenset()
+        waiting = self._take_early(number, missing, reading)
         try:
-            self._start(layer, waiting, reads)
-            if not reads:
-                self._look_ahead(layer)
+            self._start(layer, waiting, reading)
+            decision = self._residency.layer(number, experts, counts)
+            kept = decision.kept
+            self.counts.hits[number] += len(decision.hits)
+            self.counts.misses[number] += len(decision.misses)
+            going = self._make_room(number, decision)
+            self._start(layer, waiting, reading)
+            self._look_ahead(layer, waiting)
+            self._rests(waiting, reading)
             for expert in decision.hits:
                 slot = going[expert] if expert in going else self._resident[number, expert]
                 yield expert, self._views(layer, expert, slot)
                 if expert in going:
                     self._free.append(going.pop(expert))
-                self._start(layer, waiting, reads)
-            while reads:
-                started = time.perf_counter()
-                done, _ = wait(reads, return_when=FIRST_COMPLETED)
-                self.counts.stall_s += time.perf_counter() - started
-                for future in done:
-                    expert, slot = reads[future]
-                    took = future.result()
-                    self._one_read_s += (FORGETTING if self._one_read_s else 1.0) * (took - self._one_read_s)
-                    del reads[future]
-                    if expert in decision.kept:
-                        self._resident[number, expert] = slot
-                    if not reads and not waiting:
-                        self._look_ahead(layer)
-                    yield expert, self._views(layer, expert, slot)
-                    if expert not in decision.kept:
-                        self._free.append(slot)
-                    self._start(layer, waiting, reads)
+                self._start(layer, waiting, reading)
+            while reading:
+                slot = self._arrived(list(reading))
+                self._took(layer, reading[slot], slot)
+                expert = reading.pop(slot)
+                if expert in kept:
+                    self._resident[number, expert] = slot
+                else:
+                    going[expert] = slot
+                self._rests(waiting, reading)
+                yield expert, self._views(layer, expert, slot)
+                if expert in going:
+                    self._free.append(going.pop(expert))
+                self._start(layer, waiting, reading)
         finally:
-            self._abandon(number, decision, waiting, reads)
+            self._abandon(number, kept, waiting, reading)
             self._free += going.values()
+
+    def _arrived(self, slots: list[int]) -> int:
+        """One of these slots whose read has ended."""
+        for slot in slots:
+            if self.reads.over(slot):
+                return slot
+        started = time.perf_counter()
+        slot = self.reads.wait(slots)
+        self.counts.stall_s += time.perf_counter() - started
+        return slot
+
+    def _took(self, layer: int, expert: int, slot: int) -> None:
+        """Count a read that has ended.
+
+        Raises:
+            CheckpointError: it has failed.
+        """
+        took = self.reads.take(slot)
+        self.counts.read_s += took
+        self.counts.read_bytes += self.store.layers[layer].of(expert).record_bytes
+        self._one_read_s += (FORGETTING if self._one_read_s else 1.0) * (took - self._one_read_s)
 
     def _make_room(self, number: int, decision: Decision) -> dict[int, int]:
         """Take the places of experts that go; those that are needed first, with their slots, by expert."""
@@ -175,72 +199,82 @@ class ExpertCache:
                 self._free.append(slot)
         return going
 
-    def _start(self, layer: int, waiting: deque[int], reads: dict[Future, tuple[int, int]]) -> None:
-        """Begin as many reads as there are readers and places."""
+    def _start(self, layer: int, waiting: deque[int], reading: dict[int, int]) -> None:
+        """Begin as many reads as there are places."""
+        if not waiting:
+            return
         self._reap()
-        while waiting and len(reads) < READERS:
-            if not self._free and not reads and self._unwanted:
-                wait([self._unwanted[0][0]])
-                self._reap()
-            if not self._free:
-                return
+        if not self._free and not reading and self._unwanted:
+            self.reads.wait(self._unwanted)
+            self._reap()
+        begun = []
+        while waiting and self._free:
             expert, slot = waiting.popleft(), self._free.pop()
-            reads[self._pool.submit(self._read, layer, expert, slot)] = (expert, slot)
+            begun.append((layer, expert, slot))
+            reading[slot] = expert
+        if begun:
+            self.reads.start(begun)
 
-    def _abandon(
-        self, number: int, decision: Decision, waiting: deque[int], reads: dict[Future, tuple[int, int]]
-    ) -> None:
+    def _abandon(self, number: int, kept: frozenset[int], waiting: deque[int], reading: dict[int, int]) -> None:
         """Wait for reads that nobody wants any more, take their slots back, and forget what was not read."""
-        for future, (_, slot) in reads.items():
-            future.cancel()
-            wait([future])
-            self._free.append(slot)
-        for expert in [*waiting, *(expert for expert, _ in reads.values())]:
-            if expert in decision.kept:
+        for slot in reading:
+            self._drop_read(slot)
+        for expert in [*waiting, *reading.values()]:
+            if expert in kept:
                 self._residency.drop((number, expert))
 
-    def _take_early(self, number: int, decision: Decision, reads: dict[Future, tuple[int, int]]) -> deque[int]:
+    def _drop_read(self, slot: int) -> None:
+        """End a read, whatever it may bring."""
+        if self.reads.has(slot) and not self.reads.cancel(slot):
+            self.reads.wait([slot])
+            with suppress(CheckpointError):
+                self.reads.take(slot)
+        self._free.append(slot)
+
+    def _take_early(self, number: int, missing: Sequence[int], reading: dict[int, int]) -> deque[int]:
         """Go on with what was begun ahead and is needed, give up the rest; the experts that are still to be read."""
-        waiting = deque(decision.misses)
-        for key, (future, slot) in self._early.items():
-            if key[0] == number and key[1] in decision.misses:
-                if future.cancel():
-                    self._free.append(slot)
-                else:
-                    waiting.remove(key[1])
-                    reads[future] = (key[1], slot)
-                    self.counts.ahead += 1
-            elif future.cancel():
+        waiting = deque(missing)
+        for key, slot in self._early.items():
+            if key[0] == number and key[1] in missing:
+                waiting.remove(key[1])
+                reading[slot] = key[1]
+                self.counts.ahead += not self.reads.hurry(slot)
+            elif self.reads.cancel(slot):
                 self._free.append(slot)
             else:
                 self.counts.wasted += 1
-                self._unwanted.append((future, slot))
+                self._unwanted.append(slot)
         self._early.clear()
         return waiting
 
     def _reap(self) -> None:
         """Take back the slots of reads that nobody asked for, once they are over."""
-        for future, slot in [x for x in self._unwanted if x[0].done()]:
-            self._unwanted.remove((future, slot))
+        for slot in [x for x in self._unwanted if self.reads.over(x)]:
+            self._unwanted.remove(slot)
+            with suppress(CheckpointError):
+                self.reads.take(slot)
             self._free.append(slot)
 
-    def _look_ahead(self, layer: int) -> None:
-        """The disk has nothing to do: read what the next layer is likely to need, as far as the pause will last."""
-        self._idle_since = time.perf_counter()
+    def _look_ahead(self, layer: int, waiting: deque[int]) -> None:
+        """Read what the next layer is likely to need, as far as the disk's next pause will last."""
         number = self._number[layer] + 1
-        if self.predict is None or number >= len(self.indices) or not self._one_read_s:
+        if self.predict is None or number >= len(self.indices) or not self._one_read_s or waiting:
             return
         self._reap()
         count = min(int(self._pause_s / self._one_read_s), len(self._free) - 1)
         if count <= 0:
             return
-        missing = [x for x in self.predict(layer) if not self._residency.resident[number, x]]
-        for expert in missing[:count]:
-            slot = self._free.pop()
-            self._early[number, expert] = (
-                self._scout.submit(self._read, self.indices[number], expert, slot),
-                slot,
-            )
+        likely = [x for x in self.predict(layer) if not self._residency.resident[number, x]][:count]
+        for expert in likely:
+            self._early[number, expert] = self._free.pop()
+        if likely:
+            index = self.indices[number]
+            self.reads.start([(index, expert, self._early[number, expert]) for expert in likely], urgent=False)
+
+    def _rests(self, waiting: deque[int], reading: dict[int, int]) -> None:
+        """Note since when the disk has had nothing demanded to read."""
+        if not reading and not waiting and self._idle_since is None:
+            self._idle_since = time.perf_counter()
 
     def _pause_ends(self) -> None:
         """Note how long the disk had nothing demanded to read."""
@@ -248,17 +282,6 @@ class ExpertCache:
             pause = time.perf_counter() - self._idle_since
             self._pause_s += (FORGETTING if self._pause_s else 1.0) * (pause - self._pause_s)
             self._idle_since = None
-
-    def _read(self, layer: int, expert: int, slot: int) -> float:
-        """Read a record into a slot; how long it took, s."""
-        started = time.perf_counter()
-        form = self.store.read(layer, expert, self._slots[slot])
-        if self.verify:
-            self.store.check(layer, expert, self._slots[slot])
-        self.counts.read_bytes += form.record_bytes
-        took = time.perf_counter() - started
-        self.counts.read_s += took
-        return took
 
     def _views(self, layer: int, expert: int, slot: int) -> dict[str, torch.Tensor]:
         form = self.store.layers[layer].of(expert)
@@ -269,8 +292,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """End the readers."""
-        self._pool.shutdown(cancel_futures=True)
-        self._scout.shutdown(cancel_futures=True)
+        self.reads.close()
 
 
 def slot_bytes(store: ExpertStore) -> int:
@@ -304,4 +326,4 @@ def residents_in(store: ExpertStore, memory_bytes: int) -> int:
         RecipeError: as `slots_in`.
     """
     slots, every = slots_in(store, memory_bytes), sum(len(layer.offsets) for layer in store.layers.values())
-    return every if slots > every else slots - max(1, min(READERS, slots // PASSING_SHARE))
+    return every if slots > every else slots - max(1, min(PASSING, slots // PASSING_SHARE))

@@ -232,6 +232,10 @@ class ExpertStore:
             )
         return form
 
+    def handle(self, layer: int) -> int:
+        """The open file of a layer's records."""
+        return self._fd(self.layers[layer].file)
+
     def check(self, layer: int, expert: int, record: torch.Tensor) -> None:
         """Refuse a record whose bytes are not those that were packed.
 

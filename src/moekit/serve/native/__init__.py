@@ -25,7 +25,7 @@ import torch
 
 ISAS = ("plain", "AVX2", "AVX-512")
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")  # by the number that the C file knows them by
-SOURCES = ("kernels.c", "block.h")
+SOURCES = ("kernels.c", "block.h", "reads.h")
 COMPILE_S = 120
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -38,12 +38,13 @@ class Native:
         file: the library.
         isa: instruction set in use, an index of `ISAS`.
         parallel: whether it was compiled with OpenMP.
+        library: its functions.
     """
 
     file: Path
     isa: int
     parallel: bool
-    _library: ctypes.CDLL
+    library: ctypes.CDLL
 
     def experts(
         self,
@@ -73,7 +74,7 @@ class Native:
         """
         hidden, up, inner = sizes
         scratch = _scratch(4 * (starts[-1] - starts[0]) * (2 * hidden + up + 2 * inner) + 256)
-        self._library.moekit_experts(
+        self.library.moekit_experts(
             _address(table, "q"),
             _address(starts, "i"),
             len(starts) - 1,
@@ -94,7 +95,7 @@ class Native:
         """Weighted sums of the pairs' outputs by token, in the order of pairs [rows, D], bfloat16."""
         width = out_PD.shape[1]
         total = torch.empty(rows, width, dtype=torch.bfloat16)
-        self._library.moekit_combine(
+        self.library.moekit_combine(
             out_PD.data_ptr(),
             _address(tokens, "i"),
             _address(weights, "f"),
@@ -112,7 +113,7 @@ class Native:
         """Rows times a bfloat16 weight, summed in float32 [N, O]; all contiguous."""
         rows, (outputs, inputs) = len(x_NI), weight_OI.shape
         out = torch.empty(rows, outputs, dtype=torch.bfloat16)
-        self._library.moekit_linear(
+        self.library.moekit_linear(
             weight_OI.data_ptr(),
             None if bias_O is None else bias_O.data_ptr(),
             outputs,
