@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +16,45 @@ from moekit.serve import reads as module
 from moekit.serve.cache import slot_bytes
 from moekit.serve.native import native
 from moekit.serve.packing import pack
-from moekit.serve.reads import NativeReads, PythonReads, reads_of
+from moekit.serve.reads import NativeReads, PythonReads, StagedReads, reads_of
 from moekit.serve.store import ExpertStore, checksum
 
 KINDS = [
     pytest.param(NativeReads, marks=pytest.mark.skipif(native()[0] is None, reason="nothing can be compiled here")),
     PythonReads,
+    StagedReads,
 ]
 pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+
+class Stream:
+    """In the place of a CUDA stream, on a machine that has none: copies must wait for what was told at the start."""
+
+    def __init__(self, device=None):
+        self.waited = 0
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        assert event is COMPUTING
+        self.waited += 1
+
+    def synchronize(self):
+        assert self.waited
+
+
+COMPUTING = Stream()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(kind, monkeypatch):
+    """What of `StagedReads` is not CUDA's runs on any machine."""
+    if kind is StagedReads:
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: COMPUTING)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(module, "_pinned", lambda size: torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +144,10 @@ def test_damage_is_named_and_the_slot_can_be_used_again(kind, store, change):
     assert size > 8192
 
 
-def test_the_native_ones_are_taken_where_there_are_any(kind, store, monkeypatch):
+def test_the_kind_is_what_the_place_and_the_machine_allow(kind, store, monkeypatch):
     if kind is PythonReads:
         monkeypatch.setattr(module, "native", lambda: (None, "switched off"))
-    reads = reads_of(store, slots_of(store, 4), 2, 1, True)
+    slots = [SimpleNamespace(device=torch.device("cuda"))] if kind is StagedReads else slots_of(store, 4)
+    reads = reads_of(store, slots, 2, 1, True)
     assert type(reads) is kind
     reads.close()

@@ -110,6 +110,11 @@ def _read(store: ExpertStore, layer: int, expert: int, into: torch.Tensor, verif
         store.check(layer, expert, into)
 
 
+def _pinned(size: int) -> torch.Tensor:
+    """Memory that a GPU copies from by itself; it begins at a page."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
 def _at(numbers: array) -> int:
     """Address of numbers, which must live until it is used."""
     return numbers.buffer_info()[0]
@@ -202,6 +207,9 @@ class PythonReads:
         for thread in self._threads:
             thread.join()
 
+    def _fetch(self, slot: int) -> None:
+        _read(self.store, *self._what[slot], self._slots[slot], self.verify)
+
     def _next(self) -> int | None:
         urgent, others = self._queues
         if urgent:
@@ -221,7 +229,7 @@ class PythonReads:
             found: float | CheckpointError
             started = time.perf_counter()
             try:
-                _read(self.store, *self._what[slot], self._slots[slot], self.verify)
+                self._fetch(slot)
                 found = time.perf_counter() - started
             except CheckpointError as error:
                 found = error
@@ -231,10 +239,42 @@ class PythonReads:
                 self._changed.notify_all()
 
 
+class StagedReads(PythonReads):
+    """Reads into slots that lie on a GPU: each thread reads into pinned pages, which the GPU copies by itself.
+
+    Copies have a stream of their own, so that the GPU computes with the experts that it has meanwhile. A copy waits
+    for what the GPU had been told when its read began: until then it may still use what lay in the slot before.
+    """
+
+    def __init__(self, store: ExpertStore, slots: Sequence[torch.Tensor], threads: int, quiet: int, verify: bool):
+        self._copies = torch.cuda.Stream(slots[0].device)
+        self._free_from: dict[int, Any] = {}
+        self._own = threading.local()
+        super().__init__(store, slots, threads, quiet, verify)
+
+    def start(self, reads: Sequence[Read], urgent: bool = True) -> None:
+        """As `NativeReads.start`."""
+        told = torch.cuda.current_stream(self._slots[0].device).record_event()
+        self._free_from |= {slot: told for _, _, slot in reads}
+        super().start(reads, urgent)
+
+    def _fetch(self, slot: int) -> None:
+        into = self._slots[slot]
+        if not hasattr(self._own, "pages"):
+            self._own.pages = _pinned(len(into))
+        _read(self.store, *self._what[slot], self._own.pages, self.verify)
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(self._free_from[slot])
+            into.copy_(self._own.pages, non_blocking=True)
+            self._copies.record_event().synchronize()
+
+
 def reads_of(
     store: ExpertStore, slots: Sequence[torch.Tensor], threads: int, quiet: int, verify: bool
 ) -> NativeReads | PythonReads:
-    """Native reads where there are any."""
+    """Reads into a GPU's slots if that is where they lie; else native ones where there are any."""
+    if slots[0].device.type == "cuda":
+        return StagedReads(store, slots, threads, quiet, verify)
     try:
         return NativeReads(store, slots, threads, quiet, verify)
     except OSError:
