@@ -26,6 +26,7 @@ FLOORS = {
     "refmoe": 1,  # package data: the reference model and its texts
     "progress": 1,
     "tally": 1,
+    "footprint": 1,  # of the process
     "markup": 1,  # tables for notebooks
     "arrays": 2,
     "layout": 2,

@@ -6,8 +6,6 @@ fused parameter: no copy, no second buffer. Everything else goes through transfo
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,6 +25,7 @@ from moekit.families.names import COMPANIONS, FACTORED_SUFFIX, FACTORS, PACKED_S
 from moekit.families.packings import packing_of
 from moekit.families.seam import IMPLEMENTATION
 from moekit.families.stock import build
+from moekit.footprint import trim
 from moekit.plans.factoring import RIGHT
 
 OUTER = -1  # the index of everything that is not in a decoder layer
@@ -283,7 +282,7 @@ class Loader:
                     self._spare[(tuple(tensor.shape), tensor.dtype)].append(tensor)
         if index == OUTER:
             self.model.tie_weights()  # else a tied head would keep the embedding
-        _trim()
+        trim()  # else statistics, which outlive a layer, would keep the heap growing from layer to layer
 
     def _names(self, index: int) -> list[str]:
         prefix = f"{self.layers_path}.{index}."
@@ -301,13 +300,6 @@ class Loader:
 
 
 _NOTHING = torch.empty(0)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: small things that outlive a layer (statistics) keep glibc from doing so,
-    and the process would grow from layer to layer."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> CheckpointError:
