@@ -49,6 +49,17 @@ def put(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             module._buffers[name] = tensor
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """Bring to a device what is not empty; what is there already stays."""
+    for module in model.modules():
+        for name, x in module._parameters.items():
+            if x is not None and not x.is_meta and x.device != device:
+                module._parameters[name] = nn.Parameter(x.to(device), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def experts_run_by(model: nn.Module, layout: Layout, implementation: str) -> dict[int, nn.Module]:
     """Let a registered function run all routed experts; the experts modules by decoder layer index."""
     out = {}

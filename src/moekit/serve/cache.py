@@ -28,6 +28,7 @@ READERS = 4  # reads in flight: what one needs for the disk's full speed, and no
 QUIET = 2  # fewer reads in flight than these: one more may be read ahead
 PASSING = 8  # slots for experts that come and go, at most
 PASSING_SHARE = 8  # one in so many slots is for them
+CPU = torch.device("cpu")
 FORGETTING = 0.1  # weight of the newest time among those measured
 
 
@@ -68,6 +69,7 @@ class ExpertCache:
         memory_bytes: for all slots together.
         policy: which expert gives its place; made for as many slots as `residents_in` says.
         verify: compare each record's checksum when it is read.
+        device: in whose memory the slots are.
 
     Attributes:
         predict: from the decoder index of the layer that runs, the experts that the next MoE layer will need, likeliest
@@ -77,15 +79,20 @@ class ExpertCache:
         RecipeError: not even one token's experts of a layer fit.
     """
 
-    def __init__(self, store: ExpertStore, memory_bytes: int, policy: Policy, verify: bool = True):
+    def __init__(
+        self,
+        store: ExpertStore,
+        memory_bytes: int,
+        policy: Policy,
+        verify: bool = True,
+        device: torch.device = CPU,
+    ):
         self.store, self.policy, self.verify = store, policy, verify
         self.indices = sorted(store.layers)  # decoder layer index by MoE layer number
         self._number = {index: number for number, index in enumerate(self.indices)}
         self.slot_bytes = slot_bytes(store)
         total = slots_in(store, memory_bytes)
-        self._arena = mmap.mmap(-1, total * self.slot_bytes)  # its pages become real as they are written
-        whole = torch.frombuffer(self._arena, dtype=torch.uint8)
-        self._slots = list(whole.split(self.slot_bytes))
+        self._slots = _arena(total * self.slot_bytes, device).split(self.slot_bytes)
         self._free = list(range(total))
         self._residency = Residency(policy, residents_in(store, memory_bytes))
         self._resident: dict[Key, int] = {}
@@ -293,6 +300,16 @@ class ExpertCache:
     def close(self) -> None:
         """End the readers."""
         self.reads.close()
+
+
+def _arena(size: int, device: torch.device) -> torch.Tensor:
+    """Memory for all slots; on the CPU its pages become real as they are written."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, size)
+    with suppress(AttributeError, OSError):  # large ones: some hundred times fewer for a read to get and to pin
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def slot_bytes(store: ExpertStore) -> int:

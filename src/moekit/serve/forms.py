@@ -135,7 +135,7 @@ def product(
         return out if bias is None else out + bias
     q, scale = tensors[name + ".q"], tensors[name + ".scale"]
     bits = 8 if q.dtype == torch.int8 else 4
-    if len(x_NI) <= FEW_ROWS[bits] and x_NI.dtype == scale.dtype == torch.bfloat16 and has_kernel():
+    if len(x_NI) <= FEW_ROWS[bits] and x_NI.dtype == scale.dtype == torch.bfloat16 and has_kernel() and q.is_cpu:
         if bits == 8:
             out = torch.ops.aten._weight_int8pack_mm(x_NI, q, scale)
         else:
