@@ -16,7 +16,7 @@ from moekit.serve import native as package
 from moekit.serve.calibrate import Kernels, act_of, quicken_linears, row_of, sizes_of
 from moekit.serve.engine import Engine
 from moekit.serve.forms import packed_expert, unpacked
-from moekit.serve.native import ISAS, native
+from moekit.serve.native import ISAS, native, weight_of
 from moekit.serve.packing import pack
 
 KERNELS = native()[0]
@@ -109,7 +109,7 @@ def test_native_matrices(isa, rows):
     x = torch.randn(rows, 100, generator=generator).bfloat16()
     right = x.double() @ weight.double().T
     for b in (None, bias):
-        found = dataclasses.replace(KERNELS, isa=isa).linear(x, weight, b, 2).double()
+        found = dataclasses.replace(KERNELS, isa=isa).linear(x, weight_of(weight, b), 2).double()
         assert (found - right - (0 if b is None else b.double())).norm() < 0.005 * right.norm()
 
 

@@ -31,6 +31,26 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._put("keys", key_states), self._put("values", value_states)
         return self.keys, self.values
 
+    def reserve(self, columns: int) -> None:
+        """Have room for at least one more column; if there is none, for so many."""
+        rooms = self.__dict__.setdefault(ROOM, {})
+        for name in ("keys", "values"):
+            old, room = getattr(self, name), rooms.get(name)
+            length = old.shape[-2]
+            if room is None or room.shape[-2] <= length or room.data_ptr() != old.data_ptr():
+                room = rooms[name] = old.new_empty(*old.shape[:-2], length + columns, old.shape[-1])
+                room[..., :length, :] = old
+
+    def rooms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with the room behind them, after `reserve` [B, H, R, ...]."""
+        return self.__dict__[ROOM]["keys"], self.__dict__[ROOM]["values"]
+
+    def grow(self) -> None:
+        """One more column has been written behind the others."""
+        size = self.keys.shape[-2] + 1
+        keys, values = self.rooms()
+        self.keys, self.values = keys[..., :size, :], values[..., :size, :]
+
     def _put(self, name: str, new: torch.Tensor) -> torch.Tensor:
         old, rooms = getattr(self, name), self.__dict__.setdefault(ROOM, {})
         room, length = rooms.get(name), old.shape[-2]

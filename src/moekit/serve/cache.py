@@ -111,6 +111,11 @@ class ExpertCache:
         """How many experts fit."""
         return len(self._slots)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is room for all experts: none of them ever goes."""
+        return self._residency.capacity >= sum(len(layer.offsets) for layer in self.store.layers.values())
+
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert of a decoder layer is in memory."""
         return (self._number[layer], expert) in self._resident

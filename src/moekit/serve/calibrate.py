@@ -21,7 +21,8 @@ from torch import nn
 from moekit.serve import forms
 from moekit.serve.forms import packed_expert, product
 from moekit.serve.machine import quickest
-from moekit.serve.native import ACTS, Native, native
+from moekit.serve.native import ACTS, Native, Weight, native, weight_of
+from moekit.serve.rest import PackedLinear, weight_in
 
 ROWS = (1, 2, 4, 8, 16, 32)  # that are tried
 MARGIN = 0.95  # of another kernel's time that one may take to replace it
@@ -85,13 +86,24 @@ def act_of(experts: nn.Module, sizes: tuple[int, int, int]) -> int | None:
     up = 10 * torch.randn(3, sizes[1], generator=torch.Generator().manual_seed(0))
     mine = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
     gate, other = up.chunk(2, -1) if experts.has_gate else (up, torch.ones(()))
-    f = nn.functional
-    known = (f.silu(gate), f.gelu(gate, approximate="tanh"), f.gelu(gate), f.relu(gate), f.relu(gate).square())
-    assert len(known) == len(ACTS)
-    for number, values in enumerate(known):
+    for number, values in enumerate(_acts(gate)):
         if mine.shape == values.shape and torch.allclose(mine, values * other, rtol=1e-5, atol=1e-6):
             return number
     return None
+
+
+def act_like(act: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+    """Which of the native kernels' activations a function is; None: none of them."""
+    x = 10 * torch.randn(512, generator=torch.Generator().manual_seed(0))
+    found = act(x)
+    return next((i for i, y in enumerate(_acts(x)) if torch.allclose(found, y, rtol=1e-5, atol=1e-6)), None)
+
+
+def _acts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    f = nn.functional
+    known = (f.silu(x), f.gelu(x, approximate="tanh"), f.gelu(x), f.relu(x), f.relu(x).square())
+    assert len(known) == len(ACTS)
+    return known
 
 
 @lru_cache
@@ -180,7 +192,7 @@ def linear_call(width: int, quick: bool) -> Callable[[], object]:
     weight, x = torch.ones(width, width, dtype=torch.bfloat16), torch.ones(1, width, dtype=torch.bfloat16)
     kernels, threads = native()[0], torch.get_num_threads()
     if kernels is not None and quick and _pays((width, width), threads):
-        return partial(kernels.linear, x, weight, None, threads)
+        return lambda held=weight: kernels.linear(x, weight_of(held), threads)  # type: ignore[misc]
     return partial(nn.functional.linear, x, weight)
 
 
@@ -194,8 +206,10 @@ def quicken_linears(model: nn.Module) -> int:
         return 0
     count, threads = 0, torch.get_num_threads()
     for module in model.modules():
-        if type(module) is nn.Linear and _fits(module.weight) and _pays(tuple(module.weight.shape), threads):
-            module.forward = partial(_linear, module, kernels, threads)
+        if isinstance(module, PackedLinear):
+            module.native = kernels, weight_in(module), threads
+        elif type(module) is nn.Linear and _fits(module.weight) and _pays(tuple(module.weight.shape), threads):
+            module.forward = partial(_linear, module, weight_of(module.weight, module.bias), kernels, threads)
             count += 1
     return count
 
@@ -204,11 +218,11 @@ def _fits(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
 
 
-def _linear(module: nn.Module, kernels: Native, threads: int, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: nn.Module, weight: Weight, kernels: Native, threads: int, x: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
     if rows > LINEAR_ROWS or x.dtype != torch.bfloat16 or not x.is_contiguous():
         return nn.functional.linear(x, module.weight, module.bias)
-    return kernels.linear(x.view(rows, -1), module.weight, module.bias, threads).view(*x.shape[:-1], -1)
+    return kernels.linear(x.view(rows, -1), weight, threads).view(*x.shape[:-1], -1)
 
 
 @lru_cache
@@ -218,5 +232,5 @@ def _pays(shape: tuple[int, int], threads: int) -> bool:
     if kernels is None:
         return False
     weight, x = torch.ones(shape, dtype=torch.bfloat16), torch.ones(1, shape[1], dtype=torch.bfloat16)
-    mine = quickest(partial(kernels.linear, x, weight, None, threads))
+    mine = quickest(partial(kernels.linear, x, weight_of(weight), threads))
     return mine < MARGIN * quickest(partial(nn.functional.linear, x, weight))

@@ -25,7 +25,7 @@ from moekit.errors import DataError, RecipeError
 from moekit.families.caches import ROOM_COLUMNS, cache_bytes, stretch
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
-from moekit.families.resident import check_filled, empty_cache, put, skeleton
+from moekit.families.resident import check_filled, empty_cache, skeleton
 from moekit.recipe import format_bytes, parse_bytes
 from moekit.serve.cache import Counts, ExpertCache, residents_in, slot_bytes, slots_in
 from moekit.serve.calibrate import Kernels, calibrate, quicken_linears
@@ -33,10 +33,12 @@ from moekit.serve.experts import run_from_store
 from moekit.serve.lossy import Losses, Lossy
 from moekit.serve.policies import Policy, Sizes
 from moekit.serve.prefetch import Prefetcher, chosen_policy, predictor_of
+from moekit.serve.rest import put_rest
 from moekit.serve.routes import Routes
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import ExpertStore
 from moekit.serve.telemetry import Telemetry
+from moekit.serve.token import TokenRunner, token_runner
 from moekit.view import MoEView
 
 CHUNK_TOKENS = 256  # of a prompt that run together; each expert is read once a chunk
@@ -121,12 +123,13 @@ class Engine:
         self.texts, self.kept_tokens = texts, max(context, kept_tokens or 0)
         self.model = skeleton(self.store.path, dtype_of(self.layout))
         for index in (-1, *range(self.layout.num_layers)):
-            put(self.model, self.store.rest(index))
+            put_rest(self.model, self.store.rest(index))
         self.model.tie_weights()
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
         self._experts = run_from_store(self.model, self.layout, self._family)
-        self.kernels = self._calibrate(self.store.lossless if exact is None else exact)
+        exact = self.store.lossless if exact is None else exact
+        self.kernels = self._calibrate(exact)
         self.timing, self.telemetry = Timing(), Telemetry()
         budget = None if memory is None else parse_bytes(memory)
         routes = None if trace is None else Routes.of(trace)
@@ -142,6 +145,11 @@ class Engine:
         self.losses = None if lossy is None else Losses(lossy, MoEView(self.model, self.layout))
         for experts in self._experts.values():
             experts._moekit_losses = self.losses
+        self.tokens: TokenRunner | None = None
+        if not exact and self.losses is None and self.prefetcher is None:
+            parts = (self.model, self.layout, self._family, self.kernels, self._experts, self.cache)
+            self.tokens = token_runner(*parts)
+            self.forget()
 
     def sizes(self, slots: int) -> Sizes:
         """What a policy needs to know."""
@@ -300,10 +308,15 @@ class Engine:
             }
         counts, started = self.cache.counts, time.perf_counter()
         stalled, read = counts.stall_s, counts.read_bytes
-        out = self.model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
+        logits_BV = None
+        if self.tokens is not None and ids_BS.numel() == 1:
+            logits_BV = self.tokens.logits(int(ids_BS), past)
+        if logits_BV is None:
+            out = self.model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
+            logits_BV = out.logits[:, -1]
         waited, read = counts.stall_s - stalled, counts.read_bytes - read
         self.telemetry.forward(kind, ids_BS.numel(), time.perf_counter() - started, waited, read)
-        return out.logits[:, -1]
+        return logits_BV
 
     @property
     def ends(self) -> frozenset[int]:

@@ -23,11 +23,77 @@ from typing import Any
 
 import torch
 
-ISAS = ("plain", "AVX2", "AVX-512")
+ISAS = ("plain", "AVX2", "AVX-512", "AVX-512 BF16")
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")  # by the number that the C file knows them by
-SOURCES = ("kernels.c", "block.h", "reads.h")
+SOURCES = ("kernels.c", "block.h", "token.h", "reads.h")
 COMPILE_S = 120
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_ADDRESS, _LONG, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
+
+
+class Weight(ctypes.Structure):
+    """One matrix as kernels know it; the tensors that it points to must stay where they are. `outputs` 0: none."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("q", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("bits", "group", "outputs", "inputs")),
+    )
+
+
+class LayerParts(ctypes.Structure):
+    """One decoder layer, as token.h describes it."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("norm1", "norm2")),
+        *((name, Weight) for name in "qkvo"),
+        *((name, _ADDRESS) for name in ("q_norm", "k_norm")),
+        *((name, ctypes.c_int64) for name in ("q_width", "k_width")),
+        ("router", Weight),
+        *((name, _ADDRESS) for name in ("correction", "table")),
+        *((name, Weight) for name in ("gate", "up", "down", "shared_gate")),
+        *((name, _ADDRESS) for name in ("keys", "values")),
+        ("room", ctypes.c_int64),
+    )
+
+
+_WHOLE = [
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head",
+    "rotary",
+    "interleaved",
+    "norm_kind",
+    "experts",
+    "top_k",
+    "inner",
+    "gated",
+    "act",
+    "shared_act",
+    "score",
+    "renormalised",
+    "round_weights",
+]
+
+
+class ModelParts(ctypes.Structure):
+    """What the layers of a decoder have in common, as token.h describes it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _WHOLE),
+        *((name, _DOUBLE) for name in ("eps", "head_eps", "scaling", "weight_scaling")),
+        ("norm", _ADDRESS),
+        ("output", Weight),
+        ("widest", ctypes.c_int64),
+    )
+
+
+class Step(ctypes.Structure):
+    """What one token needs, as token.h describes it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("past", "begin", "end", "waiting", "finish")),
+        *((name, _ADDRESS) for name in ("cos", "sin", "hidden", "chosen", "weights", "logits")),
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +139,7 @@ class Native:
             threads: to compute with.
         """
         hidden, up, inner = sizes
-        scratch = _scratch(4 * (starts[-1] - starts[0]) * (2 * hidden + up + 2 * inner) + 256)
+        scratch = _scratch((starts[-1] - starts[0]) * (6 * (hidden + inner) + 4 * up) + 256)
         self.library.moekit_experts(
             _address(table, "q"),
             _address(starts, "i"),
@@ -107,25 +173,46 @@ class Native:
         )
         return total
 
-    def linear(
-        self, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, threads: int
-    ) -> torch.Tensor:
-        """Rows times a bfloat16 weight, summed in float32 [N, O]; all contiguous."""
-        rows, (outputs, inputs) = len(x_NI), weight_OI.shape
-        out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+    def linear(self, x_NI: torch.Tensor, weight: Weight, threads: int) -> torch.Tensor:
+        """Rows of bfloat16 numbers, contiguous, times a weight, summed in float32 [N, O], rounded to bfloat16."""
+        rows = len(x_NI)
+        out = torch.empty(rows, weight.outputs, dtype=torch.bfloat16)
         self.library.moekit_linear(
-            weight_OI.data_ptr(),
-            None if bias_O is None else bias_O.data_ptr(),
-            outputs,
-            inputs,
+            ctypes.byref(weight),
             x_NI.data_ptr(),
             rows,
-            _scratch(4 * rows * (inputs + outputs)),
+            _scratch(4 * rows * (weight.inputs + weight.outputs)),
             out.data_ptr(),
             self.isa,
             threads if self.parallel else 1,
         )
         return out
+
+    def token(self, model: ModelParts, layers: ctypes.Array, step: Step, shared_inner: int, threads: int) -> int:
+        """Run a token through layers `step.begin` to `step.end`.
+
+        Args:
+            model: what layers have in common.
+            layers: of `LayerParts`.
+            step: the token; its hidden state, choices and logits are written.
+            shared_inner: inner width of the widest shared expert or dense layer.
+            threads: to compute with.
+
+        Returns:
+            `step.end`; or the layer that waits for chosen experts whose rows of the table are empty. It goes on from
+            there with `waiting` set.
+        """
+        threads = threads if self.parallel else 1
+        place = ctypes.byref(model)
+        scratch = _scratch(self.library.moekit_token_scratch(place, shared_inner, step.past, threads))
+        step_at = ctypes.byref(step)
+        return self.library.moekit_token(place, layers, step_at, shared_inner, scratch, self.isa, threads)
+
+
+def weight_of(tensor_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Weight:
+    """A matrix [O, I] of bfloat16 or float32 numbers, contiguous, and its bias (bfloat16)."""
+    bits, (outputs, inputs) = 8 * tensor_OI.itemsize, tensor_OI.shape
+    return Weight(tensor_OI.data_ptr(), None, None if bias_O is None else bias_O.data_ptr(), bits, 0, outputs, inputs)
 
 
 def _address(numbers: Sequence[float], code: str) -> ctypes.Array:
@@ -196,7 +283,10 @@ def _load(file: Path, parallel: bool) -> Native:
     shapes = [*[_LONG] * 3, *[_INT] * 2]
     library.moekit_experts.argtypes = [*[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, *shapes, *[_ADDRESS] * 2, *[_INT] * 2]
     library.moekit_combine.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, *[_LONG] * 3, _ADDRESS, _ADDRESS]
-    library.moekit_linear.argtypes = [*[_ADDRESS] * 2, *[_LONG] * 2, _ADDRESS, _LONG, *[_ADDRESS] * 2, *[_INT] * 2]
+    library.moekit_linear.argtypes = [*[_ADDRESS] * 2, _LONG, *[_ADDRESS] * 2, *[_INT] * 2]
+    library.moekit_token_scratch.argtypes = [_ADDRESS, _LONG, _LONG, _INT]
+    library.moekit_token.argtypes = [*[_ADDRESS] * 3, _LONG, _ADDRESS, _INT, _INT]
     for name in ("moekit_experts", "moekit_combine", "moekit_linear"):
         getattr(library, name).restype = None
+    library.moekit_token_scratch.restype = library.moekit_token.restype = _LONG
     return Native(file, int(library.moekit_isa()), parallel, library)

@@ -10,6 +10,9 @@
    The inner loops (block.h) are compiled for several instruction sets; `moekit_isa` says which this CPU has. */
 
 #include <math.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,8 +30,15 @@
 typedef struct {
     const uint8_t *q;
     const uint16_t *scale, *bias;
-    long bits, group, outputs, inputs;
+    int64_t bits, group, outputs, inputs;
 } Weight;
+
+/* Rows of inputs that are bfloat16 numbers: f as float32, h as they are. */
+typedef struct {
+    const float *f;
+    const uint16_t *h;
+    long stride;
+} Rows;
 
 static inline float widen(uint16_t h) {
     uint32_t u = (uint32_t)h << 16;
@@ -70,6 +80,7 @@ VECTORS(plain, 4)
 WIDENED(unsigned_bytes, uint8_t)
 WIDENED(signed_bytes, int8_t)
 WIDENED(halves, uint16_t)
+ALWAYS float sum_plain(Floats_plain v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #define ISA plain
 #define WIDTH 4
 #define TARGET
@@ -86,6 +97,11 @@ VECTORS(avx2, 8)
 WIDENED2(unsigned_bytes, _mm_loadl_epi64, _mm256_cvtepu8_epi32)
 WIDENED2(signed_bytes, _mm_loadl_epi64, _mm256_cvtepi8_epi32)
 WIDENED2(halves, _mm_loadu_si128, _mm256_cvtepu16_epi32)
+TARGET ALWAYS float sum_avx2(Floats_avx2 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 #define ISA avx2
 #define WIDTH 8
 #include "block.h"
@@ -100,51 +116,75 @@ VECTORS(avx512, 16)
 WIDENED5(unsigned_bytes, _mm_loadu_si128, __m128i, _mm512_cvtepu8_epi32)
 WIDENED5(signed_bytes, _mm_loadu_si128, __m128i, _mm512_cvtepi8_epi32)
 WIDENED5(halves, _mm256_loadu_si256, __m256i, _mm512_cvtepu16_epi32)
+TARGET ALWAYS float sum_avx512(Floats_avx512 v) { return _mm512_reduce_add_ps((__m512)v); }
 #define ISA avx512
 #define WIDTH 16
 #include "block.h"
 #undef ISA
 #undef WIDTH
 #undef TARGET
+
+#if !defined(__clang__) && __GNUC__ >= 10 || defined(__clang__) && __clang_major__ >= 10
+#define DOTS
+VECTORS(bf16, 16)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma")))
+#define WIDENED5B(name, load, type, convert) \
+    TARGET ALWAYS Ints_bf16 name##_bf16(const void *from) { return (Ints_bf16)convert(load((const type *)from)); }
+WIDENED5B(unsigned_bytes, _mm_loadu_si128, __m128i, _mm512_cvtepu8_epi32)
+WIDENED5B(signed_bytes, _mm_loadu_si128, __m128i, _mm512_cvtepi8_epi32)
+WIDENED5B(halves, _mm256_loadu_si256, __m256i, _mm512_cvtepu16_epi32)
+TARGET ALWAYS float sum_bf16(Floats_bf16 v) { return _mm512_reduce_add_ps((__m512)v); }
+#define ISA bf16
+#define WIDTH 16
+#define DOT
+#include "block.h"
+#undef DOT
+#undef ISA
+#undef WIDTH
+#undef TARGET
+#endif
 #endif
 
-typedef void (*Block)(const Weight *, long, const float *, const float *, long, float *);
-typedef void (*Act)(int, int, const float *, float *, long);
+/* What is compiled for each instruction set. */
+typedef struct {
+    void (*block)(const Weight *, long begin, long end, Rows, long left, float *out, long stride);
+    void (*act)(int act, const float *gate, const float *up, float *mid, long count);
+    void (*norm)(const float *x, const float *weight, float eps, int kind, long count, float *out);
+    void (*attend)(const float *q, const uint16_t *keys, const uint16_t *values, const float *key, const float *value,
+                   long past, long size, float scaling, float *scores, float *out);
+    void (*scores)(int kind, const float *logits, float *out, long count);
+} Kernels;
 
-/* 0: any CPU, 1: AVX2 and FMA, 2: AVX-512 (F, BW, DQ, VL). */
+/* 0: any CPU, 1: AVX2 and FMA, 2: AVX-512 (F, BW, DQ, VL), 3: and VBMI and BF16. */
 int moekit_isa(void) {
 #ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef DOTS
+        if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) return 3;
+#endif
         return 2;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
-static Block block_of(int isa) {
-#ifdef X86
-    if (isa == 2) return block_avx512;
-    if (isa == 1) return block_avx2;
+#define KERNELS(isa) (Kernels){block_##isa, act_##isa, norm_##isa, attend_##isa, scores_##isa}
+static Kernels kernels_of(int isa) {
+#ifdef DOTS
+    if (isa == 3) return KERNELS(bf16);
 #endif
-    return block_plain;
+#ifdef X86
+    if (isa >= 2) return KERNELS(avx512);
+    if (isa == 1) return KERNELS(avx2);
+#endif
+    return KERNELS(plain);
 }
 
-static Act act_of(int isa) {
-#ifdef X86
-    if (isa == 2) return act_avx512;
-    if (isa == 1) return act_avx2;
-#endif
-    return act_plain;
-}
-
-static void sums_of(const float *x, long inputs, long group, float *sums) {
-    for (long g = 0; g < inputs / group; g++) {
-        float total = 0;
-        for (long i = 0; i < group; i++) total += x[g * group + i];
-        sums[g] = total;
-    }
+static void narrow_all(const float *from, uint16_t *to, long count) {
+    for (long i = 0; i < count; i++) to[i] = narrow(from[i]);
 }
 
 static Weight weight_of(const int64_t *row, int down, long outputs, long inputs) {
@@ -155,8 +195,10 @@ static Weight weight_of(const int64_t *row, int down, long outputs, long inputs)
 
 /* Bytes that moekit_experts needs to work in. */
 long moekit_scratch(long pairs, long hidden, long up, long inner) {
-    return 4 * pairs * (hidden + up + inner + hidden + inner) + 256;
+    return pairs * (6 * (hidden + inner) + 4 * up) + 256;
 }
+
+static void *aligned(void *p) { return (void *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
 /* Outputs of experts, unweighted, rounded to bfloat16 but kept in float32.
 
@@ -169,41 +211,42 @@ void moekit_experts(const int64_t *table, const int32_t *starts, int n, const ui
                     long hidden, long up, long inner, int gated, int act, void *scratch, float *out, int isa,
                     int threads) {
     const long first = starts[0], pairs = starts[n] - first;
-    float *xs = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    float *xs = aligned(scratch);
     float *ups = xs + pairs * hidden, *mids = ups + pairs * up;
-    float *x_sums = mids + pairs * inner, *mid_sums = x_sums + pairs * hidden;
-    const Block block = block_of(isa);
-    const Act apply = act_of(isa);
+    uint16_t *halves = (uint16_t *)(mids + pairs * inner), *mid_halves = halves + pairs * hidden;
+    const Kernels kernels = kernels_of(isa);
     const long up_blocks = (up + BLOCK - 1) / BLOCK, down_blocks = (hidden + BLOCK - 1) / BLOCK;
-    for (int e = 0; e < n; e++)
-        for (long p = starts[e] - first; p < starts[e + 1] - first; p++) {
-            const uint16_t *from = x + tokens[first + p] * hidden;
-            for (long i = 0; i < hidden; i++) xs[p * hidden + i] = widen(from[i]);
-            if (table[8 * e] == 4) sums_of(xs + p * hidden, hidden, table[8 * e + 1], x_sums + p * hidden);
-        }
+    for (long p = 0; p < pairs; p++) {
+        const uint16_t *from = x + tokens[first + p] * hidden;
+        for (long i = 0; i < hidden; i++) xs[p * hidden + i] = widen(from[i]);
+        memcpy(halves + p * hidden, from, 2 * hidden);
+    }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (long unit = 0; unit < n * up_blocks; unit++) {
-            const long e = unit / up_blocks, at = starts[e] - first;
+            const long e = unit / up_blocks, begin = unit % up_blocks * BLOCK;
             const Weight w = weight_of(table + 8 * e, 0, up, hidden);
-            for (long r = 0; r < starts[e + 1] - starts[e]; r += TILE)
-                block(&w, unit % up_blocks, xs + (at + r) * hidden, x_sums + (at + r) * hidden,
-                      starts[e + 1] - starts[e] - r, ups + (at + r) * up);
+            for (long p = starts[e] - first; p < starts[e + 1] - first; p += TILE) {
+                const Rows rows = {xs + p * hidden, halves + p * hidden, hidden};
+                kernels.block(&w, begin, begin + BLOCK < up ? begin + BLOCK : up, rows, starts[e + 1] - first - p,
+                              ups + p * up + begin, up);
+            }
         }
 #pragma omp for schedule(static)
-        for (int e = 0; e < n; e++)
-            for (long p = starts[e] - first; p < starts[e + 1] - first; p++) {
-                apply(act, gated, ups + p * up, mids + p * inner, inner);
-                if (table[8 * e] == 4) sums_of(mids + p * inner, inner, table[8 * e + 1], mid_sums + p * inner);
-            }
+        for (long p = 0; p < pairs; p++) {
+            kernels.act(act, ups + p * up, gated ? ups + p * up + inner : 0, mids + p * inner, inner);
+            narrow_all(mids + p * inner, mid_halves + p * inner, inner);
+        }
 #pragma omp for schedule(static)
         for (long unit = 0; unit < n * down_blocks; unit++) {
-            const long e = unit / down_blocks, at = starts[e] - first, rows = starts[e + 1] - starts[e];
+            const long e = unit / down_blocks, begin = unit % down_blocks * BLOCK;
             const Weight w = weight_of(table + 8 * e, 1, hidden, inner);
-            for (long r = 0; r < rows; r += TILE)
-                block(&w, unit % down_blocks, mids + (at + r) * inner, mid_sums + (at + r) * inner, rows - r,
-                      out + (starts[e] + r) * hidden);
+            for (long p = starts[e] - first; p < starts[e + 1] - first; p += TILE) {
+                const Rows rows = {mids + p * inner, mid_halves + p * inner, inner};
+                kernels.block(&w, begin, begin + BLOCK < hidden ? begin + BLOCK : hidden, rows,
+                              starts[e + 1] - first - p, out + (first + p) * hidden + begin, hidden);
+            }
         }
     }
 }
@@ -216,20 +259,24 @@ void moekit_combine(const float *out, const int32_t *tokens, const float *weight
         float *to = scratch + tokens[p] * hidden;
         for (long i = 0; i < hidden; i++) to[i] += weights[p] * out[p * hidden + i];
     }
-    for (long i = 0; i < rows * hidden; i++) total[i] = narrow(scratch[i]);
+    narrow_all(scratch, total, rows * hidden);
 }
 
-/* Rows x [rows, inputs] times one bfloat16 weight; out [rows, outputs], both bfloat16. */
-void moekit_linear(const void *q, const uint16_t *bias, long outputs, long inputs, const uint16_t *x, long rows,
-                   float *scratch, uint16_t *out, int isa, int threads) {
-    const Weight w = {(const uint8_t *)q, 0, bias, 16, 0, outputs, inputs};
-    const Block block = block_of(isa);
-    const long blocks = (outputs + BLOCK - 1) / BLOCK;
+/* Rows x [rows, inputs] times one weight; out [rows, outputs], both bfloat16. scratch: 4 rows (inputs + outputs). */
+void moekit_linear(const Weight *w, const uint16_t *x, long rows, float *scratch, uint16_t *out, int isa, int threads) {
+    const Kernels kernels = kernels_of(isa);
+    const long blocks = (w->outputs + BLOCK - 1) / BLOCK, inputs = w->inputs, outputs = w->outputs;
     float *sums = scratch + rows * inputs;
     for (long i = 0; i < rows * inputs; i++) scratch[i] = widen(x[i]);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long b = 0; b < blocks; b++)
-        for (long r = 0; r < rows; r += TILE)
-            block(&w, b, scratch + r * inputs, sums, rows - r, sums + r * outputs);
-    for (long i = 0; i < rows * outputs; i++) out[i] = narrow(sums[i]);
+    for (long b = 0; b < blocks; b++) {
+        const long begin = b * BLOCK, end = begin + BLOCK < outputs ? begin + BLOCK : outputs;
+        for (long r = 0; r < rows; r += TILE) {
+            const Rows part = {scratch + r * inputs, x + r * inputs, inputs};
+            kernels.block(w, begin, end, part, rows - r, sums + r * outputs + begin, outputs);
+        }
+    }
+    narrow_all(sums, out, rows * outputs);
 }
+
+#include "token.h"
