@@ -67,10 +67,11 @@ def test_mistakes_are_told(store, capsys, arguments, message):
 
 MEASURED = """
 import sys
-from moekit.serve.engine import Engine, _peak_rss
+from moekit.serve.engine import Engine
+from moekit.serve.device import most_held
 engine = Engine(sys.argv[1], memory=int(sys.argv[2]) or None, context=512)
 list(engine.stream([x % 160 for x in range(400)], 20))
-print(engine.memory.budget, engine.memory.experts, _peak_rss(), engine.memory.slots)
+print(engine.memory.budget, engine.memory.experts, most_held(engine.device), engine.memory.slots)
 """
 
 

@@ -1,15 +1,20 @@
-"""The memory that is promised holds: in a memory cgroup with the page cache counted, and while packing."""
+"""The memory that is promised holds: in a memory cgroup with the page cache counted, in a server that many long prompts
+reach at once, and while packing."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import moekit
 import zoo
 from memory import PEAK
 from moekit.families.model import Model
@@ -63,6 +68,40 @@ def test_a_budget_holds_in_a_cgroup(model, tmp_path, monkeypatch):
         assert group.peak_bytes <= budget + MARGIN_BYTES
     finally:
         group.close()
+
+
+def test_sixteen_long_prompts_at_once_stay_within_the_budget(tmp_path):
+    """`moekit serve` on refmoe: keys and values of prompts that join others, experts with every number of rows."""
+    pytest.importorskip("uvicorn")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell a process's peak")
+    store = pack(moekit.open("refmoe"), tmp_path / "refmoe")
+    command = [sys.executable, "-u", "-m", "moekit", "serve", str(store), "--port", "0", "--kept-tokens", "16384"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = next(x[1] for line in server.stdout if (x := re.search(r"127\.0\.0\.1:(\d+)/v1", line)))
+
+            def ask(number):
+                prompt = [(7 * number + 3 * x * x) % 3000 + 3 for x in range(900 - 10 * number)]
+                body = {"model": "refmoe", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/completions",
+                    json.dumps(body | {"logit_bias": {"0": -100}}).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                with urllib.request.urlopen(request, timeout=300) as answer:
+                    return json.load(answer)["usage"]["completion_tokens"]
+
+            with ThreadPoolExecutor(16) as clients:
+                assert list(clients.map(ask, range(16))) == [12] * 16
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                told = answer.read().decode()
+            budget = float(re.search(r"memory_budget_bytes (\d\S*)", told)[1])
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+        finally:
+            server.terminate()
+    assert peak <= budget, f"{peak / 1e6:.0f} of {budget / 1e6:.0f} MB"
 
 
 PACK = (

@@ -299,6 +299,7 @@ HI = [{"role": "user", "content": "Hi"}]
     [
         (TEXT, {"prompt": "x", "model": "other"}, 404, "model", "no model 'other'"),
         (TEXT, {"prompt": "x" * 5000}, 400, None, "1 to 511 tokens"),
+        (TEXT, {"prompt": "a7 " * 30_000}, 400, None, "more than"),
         (TEXT, {"prompt": ""}, 400, None, "1 to 511 tokens"),
         (TEXT, {"prompt": []}, 400, "prompt", "no prompt"),
         (TEXT, {"prompt": [4096000]}, 400, None, "no such token"),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -82,17 +81,19 @@ def join(caches: Sequence[DynamicCache]) -> DynamicCache:
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         for layer in layers:
             vars(layer).pop(ROOM, None)
-        longest = {
-            name: max(x.shape[dim] for x in (vars(layer).get(name) for layer in layers) if _filled(x))
-            for name, dim in COLUMNS.items()
-            if _filled(vars(layers[0]).get(name))
-        }
-        whole = {name: _combine(name, [vars(layer)[name] for layer in layers], longest) for name in vars(layers[0])}
-        for layer in layers[1:]:
-            vars(layer).update(dict.fromkeys(COLUMNS))  # freed layer by layer: never twice in memory
-        vars(layers[0]).update(whole)
-        if type(layers[0]) is DynamicLayer and _filled(layers[0].keys):
+        roomy, rooms = type(layers[0]) in (DynamicLayer, RoomyLayer) and _filled(layers[0].keys), {}
+        for name in list(vars(layers[0])):  # one after the other: what there is of a name is freed with it
+            values = [vars(layer)[name] for layer in layers]
+            for layer in layers:
+                vars(layer)[name] = None
+            if name in COLUMNS and _filled(values[0]):
+                length = max(x.shape[COLUMNS[name]] for x in values if _filled(x))
+                rooms[name] = _padded(values, COLUMNS[name], length, ROOM_COLUMNS if roomy else 0)
+                values = [rooms[name].narrow(COLUMNS[name], 0, length)]
+            vars(layers[0])[name] = _combine(name, values)
+        if roomy:
             layers[0].__class__ = RoomyLayer
+            vars(layers[0])[ROOM] = rooms
     return first
 
 
@@ -113,7 +114,7 @@ def keep(cache: DynamicCache, rows: Sequence[int], columns: int) -> None:
             elif name in COLUMNS and _filled(value):
                 dim = COLUMNS[name]
                 count = min(value.shape[dim], columns)
-                setattr(layer, name, value[index].narrow(dim, value.shape[dim] - count, count).contiguous())
+                setattr(layer, name, value.narrow(dim, value.shape[dim] - count, count)[index])
             else:
                 setattr(layer, name, _changed(value, lambda x: x[index] if x.dim() else x))
 
@@ -142,22 +143,28 @@ def _filled(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() > 0
 
 
-def _combine(name: str, values: list[Any], longest: dict[str, int]) -> Any:
+def _combine(name: str, values: list[Any]) -> Any:
     first = values[0]
     if name == LENGTH:
         return max(values)
     if isinstance(first, dict):
-        return {key: _combine(name, [x[key] for x in values], longest) for key in first}
-    if not _filled(first) or first.dim() == 0:
+        return {key: _combine(name, [x[key] for x in values]) for key in first}
+    if len(values) == 1 or not _filled(first) or first.dim() == 0:
         return first
-    if name in longest:
-        values = [_padded(x, COLUMNS[name], longest[name]) for x in values]
     return torch.cat(values)
 
 
-def _padded(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    behind = x.dim() - 1 - dim % x.dim()
-    return pad(x, (*[0, 0] * behind, size - x.shape[dim], 0))
+def _padded(values: list[torch.Tensor], dim: int, length: int, room: int) -> torch.Tensor:
+    """Rows of all values, zeros before shorter ones, and columns behind them that nothing is written into yet."""
+    shape = list(values[0].shape)
+    shape[0], shape[dim] = sum(len(x) for x in values), length + room
+    whole, row = values[0].new_empty(shape), 0
+    for x in values:
+        rows, padding = whole[row : row + len(x)], length - x.shape[dim]
+        rows.narrow(dim, 0, padding).zero_()
+        rows.narrow(dim, padding, x.shape[dim]).copy_(x)
+        row += len(x)
+    return whole
 
 
 def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

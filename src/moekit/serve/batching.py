@@ -1,9 +1,9 @@
 """Continuous batching: texts join and leave between tokens, and each token of all of them is one forward.
 
 A turn runs at most a chunk of prompts and then one token of every text that is being written: a long prompt holds the
-others up for a chunk at a time, several short ones for about as long as a token takes. Keys and values of all texts lie
-in one padded cache, as far as a trial at the start has shown that this model gives the same logits so; otherwise each
-text has its own cache and its own forward.
+others up for a chunk at a time, several short ones for as many as should take no longer than a token. Keys and values
+of all texts lie in one padded cache, as far as a trial at the start has shown that this model gives the same logits so;
+otherwise each text has its own cache and its own forward.
 
 A text that no longer fits, and one whose neighbour has failed, is put off: its cache goes, and it is run again from its
 first token. So a failing request (a damaged expert) ends alone.
@@ -11,7 +11,6 @@ first token. So a failing request (a damaged expert) ends alone.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -23,7 +22,8 @@ import torch
 from moekit.errors import DataError, RecipeError, did_you_mean
 from moekit.families.caches import join, keep
 from moekit.families.resident import empty_cache
-from moekit.serve.engine import CHUNK_TOKENS, Engine
+from moekit.serve.device import held, trim
+from moekit.serve.engine import CHUNK_TOKENS, SLACK_BYTES, Engine
 from moekit.serve.sampling import Likelihood, Sampling, adjusted, choose, likelihood
 from moekit.serve.steering import Steering
 from moekit.serve.text import TextStream
@@ -111,6 +111,16 @@ class Group:
     texts: list[Text]
 
 
+def too_long(context: int, got: str) -> DataError:
+    """The error of a prompt that is empty or does not fit the context; got: its tokens."""
+    return DataError(
+        "a prompt of this length cannot be continued",
+        expected=f"1 to {context - 1:,} tokens",
+        got=got,
+        fix="shorten it, or start with a larger --context",
+    )
+
+
 class Batcher:
     """Writes several texts at once; all of it in one thread.
 
@@ -131,6 +141,8 @@ class Batcher:
         self.kept: list[Text] = []
         self._groups: list[Group] = []
         self._token_s = 0.0  # that the last token of all texts took
+        self._prompt_token_s = 0.0  # that a token of the prompt that was read last took
+        self._least_held = 0  # bytes, since memory was given back last
         self._ends = engine.ends
 
     def check(self, ask: Ask) -> None:
@@ -142,12 +154,7 @@ class Batcher:
         """
         context, vocabulary = self.engine.context, self.engine.layout.vocab_size
         if not 0 < len(ask.ids) < context:
-            raise DataError(
-                "a prompt of this length cannot be continued",
-                expected=f"1 to {context - 1:,} tokens",
-                got=f"{len(ask.ids):,}",
-                fix="shorten it, or start with a larger --context",
-            )
+            raise too_long(context, f"{len(ask.ids):,}")
         tokens = [*ask.ids, *ask.sampling.logit_bias]
         if min(tokens) < 0 or max(tokens) >= vocabulary:
             raise DataError(
@@ -189,18 +196,28 @@ class Batcher:
         if self.steering:
             self.steering.use({x.ask.steer for x in self.kept if x.ask.steer})
         writing = list(self._groups)
-        self._read(CHUNK_TOKENS)
+        self._read()
         started = time.perf_counter()
         for group in writing:
             if group in self._groups:
                 self._write(group)
         self._token_s = time.perf_counter() - started if writing else 0.0
+        self._relieve()
 
     def fail(self, error: Exception) -> None:
         """End all texts with an error."""
         self._groups.clear()
         for text in (*self.waiting, *self.kept):
             self._end(text, "error", error)
+
+    def _relieve(self) -> None:
+        """Give freed memory back before the holes that prompts of all lengths leave fill up the budget."""
+        device = self.engine.device
+        now = held(device)
+        self._least_held = min(self._least_held, now)
+        if now > max(self.engine.memory.budget - SLACK_BYTES, self._least_held + SLACK_BYTES // 4):
+            trim(device)
+            self._least_held = held(device)
 
     def _cost(self, texts: Sequence[Text], room: int) -> int:
         """Tokens whose keys and values these texts take up, padding included, when each has `room` more."""
@@ -227,28 +244,30 @@ class Batcher:
         self.kept.remove(text)
         text.past, text.done = None, 0
 
-    def _read(self, budget: int) -> None:
-        """Run at most about so many tokens of texts that have not joined yet, in the order in which they came."""
-        joined = [text for group in self._groups for text in group.texts]
-        latest = time.perf_counter() + self._token_s if joined else math.inf
+    def _read(self) -> None:
+        """Run some tokens of texts that have not joined yet, in the order in which they came."""
+        joined, budget = [text for group in self._groups for text in group.texts], CHUNK_TOKENS
+        began = time.perf_counter()
         for text in [x for x in self.kept if x not in joined]:
-            while budget > 0 and text in self.kept and text.done < len(text.ids):
-                part = text.ids[text.done : text.done + CHUNK_TOKENS]
-                budget -= len(part)
-                try:
-                    text.past = text.past or empty_cache(self.engine.model)
-                    logits = self._forward([text], torch.tensor([part]), text.past, "prefill")
-                except Exception as error:
-                    self._end(text, "error", error)
-                    break
-                text.done += len(part)
-                if text.done == len(text.ids):
-                    self._next(text, logits[0])
-                    if text in self.kept:
-                        self._join(text)
-                    break
-            if time.perf_counter() > latest:
+            part, started = text.ids[text.done : text.done + budget], time.perf_counter()
+            late = started + len(part) * self._prompt_token_s > began + self._token_s
+            if not part or (joined and budget < CHUNK_TOKENS and late):
                 return
+            try:
+                if text.past is None:
+                    text.past = empty_cache(self.engine.model)
+                    self.engine.begin()
+                logits = self._forward([text], torch.tensor([part]), text.past, "prefill")
+            except Exception as error:
+                self._end(text, "error", error)
+                continue
+            self._prompt_token_s = (time.perf_counter() - started) / len(part)
+            budget -= len(part)
+            text.done += len(part)
+            if text.done == len(text.ids):
+                self._next(text, logits[0])
+                if text in self.kept:
+                    self._join(text)
 
     def _write(self, group: Group) -> None:
         """One token of each of a group's texts."""

@@ -5,30 +5,35 @@
 
 The amount is that of the whole process: Python and its libraries, the model without its experts, the cache of keys and
 values, what a forward needs while it runs; experts get what is left. Reads go past the page cache.
+
+With `device="cuda"` all of that is the GPU's memory, as far as PyTorch holds it (CUDA's own some hundred MB come on
+top), and experts come from the disk through a few pinned pages of main memory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from transformers import DynamicCache
 
 from moekit.errors import DataError, RecipeError
-from moekit.families.caches import ROOM_COLUMNS, cache_bytes, stretch
+from moekit.families.caches import ROOM_COLUMNS, cache_bytes, join, stretch
 from moekit.families.detect import dtype_of
 from moekit.families.family import family_of
-from moekit.families.resident import check_filled, empty_cache, skeleton
+from moekit.families.resident import check_filled, empty_cache, move, skeleton
+from moekit.footprint import keep_few_products
 from moekit.recipe import format_bytes, parse_bytes
 from moekit.serve.cache import Counts, ExpertCache, residents_in, slot_bytes, slots_in
 from moekit.serve.calibrate import Kernels, calibrate, quicken_linears
+from moekit.serve.device import device_of, held, most_held, trim
 from moekit.serve.experts import run_from_store
 from moekit.serve.lossy import Losses, Lossy
 from moekit.serve.policies import Policy, Sizes
@@ -86,7 +91,7 @@ class Engine:
 
     Args:
         store: a folder that `moekit pack` made, or an open store.
-        memory: of the whole process, as "2GiB" or bytes; None: as much as all experts need.
+        memory: of the whole process, or of the GPU, as "2GiB" or bytes; None: as much as all experts need.
         policy: name of a cache policy, "auto" for the one that does best on the trace, or one made for `Engine.sizes`.
         predictor: name of what tells the next layer's experts, which are then read ahead; "none".
         trace: a folder that `moekit trace --tokens` made, from which policy and predictor learn beforehand.
@@ -97,6 +102,7 @@ class Engine:
         lossy: what may be left out to read less (`moekit.serve.lossy`); None: nothing.
         exact: keep transformers' numbers bit for bit; False: multiply the same numbers by faster kernels, which sum in
             another order (`moekit.serve.calibrate`). None: exact where the store is lossless.
+        device: "cpu", or a GPU as "cuda".
 
     Raises:
         CheckpointError: the store is damaged.
@@ -117,13 +123,16 @@ class Engine:
         kept_tokens: int | None = None,
         lossy: Lossy | None = None,
         exact: bool | None = None,
+        device: str = "cpu",
     ):
+        self.device, self._products = device_of(device), keep_few_products()
         self.store = store if isinstance(store, ExpertStore) else ExpertStore(store)
         self.layout, self.context = self.store.layout, context
         self.texts, self.kept_tokens = texts, max(context, kept_tokens or 0)
         self.model = skeleton(self.store.path, dtype_of(self.layout))
         for index in (-1, *range(self.layout.num_layers)):
             put_rest(self.model, self.store.rest(index))
+        move(self.model, self.device)
         self.model.tie_weights()
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
@@ -157,7 +166,7 @@ class Engine:
         return Sizes(slots, len(routed), max(x.num_experts for x in routed), max(x.top_k for x in routed))
 
     def _calibrate(self, exact: bool) -> Kernels:
-        if not self._family.by_contract:
+        if not self._family.by_contract or self.device.type != "cpu":
             return Kernels()
         if not exact:
             quicken_linears(self.model)
@@ -169,48 +178,66 @@ class Engine:
     ) -> ExpertCache:
         sizes = self.sizes(residents_in(self.store, memory_bytes))
         made = chosen_policy(policy, sizes, routes) if isinstance(policy, str) else policy
-        cache = ExpertCache(self.store, memory_bytes, made, verify)
+        cache = ExpertCache(self.store, memory_bytes, made, verify, self.device)
         for index, experts in self._experts.items():
             experts._moekit_cache, experts._moekit_layer, experts._moekit_family = cache, index, self._family
         return cache
 
-    @torch.inference_mode()
     def _probe(self) -> tuple[int, int, int]:
-        """(bytes kept of a token, of a text whatever its length, bytes that a forward needs beside them), measured."""
-        sizes = []
-        vocabulary = self.layout.vocab_size
-        for length in (16, 16 + CHUNK_TOKENS):
-            past = empty_cache(self.model)
-            ids = torch.arange(length)[None] % vocabulary
-            self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            sizes.append(cache_bytes(past))
-        per_token = max(0, sizes[1] - sizes[0]) // CHUNK_TOKENS
-        for rows in {1, self.texts}:
-            with suppress(Exception):  # a family whose caches cannot be stretched: then less is known
-                self._run_longest(rows)
+        """(bytes kept of a token, of a text whatever its length, bytes that a forward needs beside them), measured.
+
+        In a thread of its own: what a thread keeps for its next products goes with it; a server computes in another.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            per_token, per_text = thread.submit(self._try_out).result()
         gc.collect()
-        _trim()
-        work = _peak_rss() - _rss() - per_token * self.kept_tokens
-        return per_token, max(0, sizes[0] - 16 * per_token), max(0, work) + SLACK_BYTES
+        trim(self.device)
+        work = most_held(self.device) - held(self.device) - per_token * self.kept_tokens
+        return per_token, per_text, max(0, work) + SLACK_BYTES
+
+    @torch.inference_mode()
+    def _try_out(self) -> tuple[int, int]:
+        """Run what needs the most memory; (bytes kept of a token, of a text whatever its length)."""
+        dtype, size = dtype_of(self.layout), self.layout.hidden_size
+        weight = torch.ones(size, size, dtype=dtype, device=self.device)
+        for rows in range(1, self._products + 1):  # as many as are kept, and no more from now on
+            torch.nn.functional.linear(torch.ones(rows, size, dtype=dtype, device=self.device), weight)
+        sizes = []
+        for length in (16, 16 + CHUNK_TOKENS):
+            sizes.append(cache_bytes(self._read_first(length)))
+        per_token = max(0, sizes[1] - sizes[0]) // CHUNK_TOKENS
+        for rows in sorted({1, self.texts}):
+            with suppress(Exception):  # a family whose caches cannot be stretched or joined: then less is known
+                self._run_longest(rows)
+        return per_token, max(0, sizes[0] - 16 * per_token)
+
+    def _read_first(self, length: int) -> DynamicCache:
+        """The cache of a text of so many tokens."""
+        past = empty_cache(self.model)
+        ids = torch.arange(length, device=self.device)[None] % self.layout.vocab_size
+        self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return past
 
     def _run_longest(self, rows: int) -> None:
-        """The largest forwards that will come: a chunk behind a long prompt, or a token of several long texts."""
-        past = empty_cache(self.model)
+        """The largest forwards that will come: a chunk behind a long prompt, or a token of several long texts, the last
+        of which has just joined the others."""
         start = min(CHUNK_TOKENS, max(1, self.context - CHUNK_TOKENS))
-        ids = torch.arange(start)[None] % self.layout.vocab_size
-        self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        ids = torch.arange(start, device=self.device)[None] % self.layout.vocab_size
+        past = self._read_first(start)
         if rows == 1:
             stretch(past, 1, max(start, self.context - CHUNK_TOKENS))
             self.forward(ids, past, "prefill")
             return
-        columns = max(2, self.kept_tokens // rows)
-        stretch(past, rows, columns)
-        self.forward(ids[:, :1].expand(rows, 1), past, "decode", [columns - 1, *[columns] * (rows - 1)])
+        columns, last = max(2, self.kept_tokens // rows), self._read_first(start)
+        stretch(past, rows - 1, columns)
+        stretch(last, 1, columns - 1)
+        past = join([past, last])
+        self.forward(ids[:, :1].expand(rows, 1), past, "decode", [*[columns] * (rows - 1), columns - 1])
 
     def _divide(self, budget: int | None, context: int, work: int) -> Memory:
         gc.collect()
-        _trim()
-        resident = _rss()
+        trim(self.device)
+        resident = held(self.device)
         needed = resident + context + work
         everything = self.store.expert_bytes + 2 * slot_bytes(self.store)
         total = needed + everything if budget is None else budget
@@ -235,9 +262,9 @@ class Engine:
         return torch.cat(
             [
                 self.model(input_ids=part[None], past_key_values=past, use_cache=True).logits[0]
-                for part in torch.as_tensor(ids).split(CHUNK_TOKENS)
+                for part in torch.as_tensor(ids, device=self.device).split(CHUNK_TOKENS)
             ]
-        )
+        ).cpu()
 
     def stream(self, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None) -> Iterator[int]:
         """Write on: token ids one by one, as they are chosen; ends before an end-of-text token.
@@ -287,13 +314,13 @@ class Engine:
         """Run tokens, and keep their keys and values.
 
         Args:
-            ids_BS: of B texts, the next S tokens of each.
+            ids_BS: of B texts, the next S tokens of each, on any device.
             past: cache that `moekit.families.resident.empty_cache` made, or `moekit.families.caches.join`.
             kind: "prefill" or "decode", for the telemetry.
             lengths: tokens of each text in `past`, where they differ; None: all alike, nothing is padded.
 
         Returns:
-            Logits [B, V] behind the last of the tokens.
+            Logits [B, V] behind the last of the tokens, on the CPU.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
@@ -303,8 +330,8 @@ class Engine:
             lengths_B1, steps = torch.tensor(lengths)[:, None], torch.arange(ids_BS.shape[1])
             columns = torch.arange(max(lengths) + len(steps))
             padded = {
-                "attention_mask": (columns >= max(lengths) - lengths_B1).long(),
-                "position_ids": lengths_B1 + steps,
+                "attention_mask": (columns >= max(lengths) - lengths_B1).long().to(self.device),
+                "position_ids": (lengths_B1 + steps).to(self.device),
             }
         counts, started = self.cache.counts, time.perf_counter()
         stalled, read = counts.stall_s, counts.read_bytes
@@ -312,8 +339,9 @@ class Engine:
         if self.tokens is not None and ids_BS.numel() == 1:
             logits_BV = self.tokens.logits(int(ids_BS), past)
         if logits_BV is None:
+            ids_BS = ids_BS.to(self.device)
             out = self.model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
-            logits_BV = out.logits[:, -1]
+            logits_BV = out.logits[:, -1].cpu()
         waited, read = counts.stall_s - stalled, counts.read_bytes - read
         self.telemetry.forward(kind, ids_BS.numel(), time.perf_counter() - started, waited, read)
         return logits_BV
@@ -343,20 +371,3 @@ class Engine:
             self.prefetcher.close()
         self.cache.close()
         self.store.close()
-
-
-def _rss() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def _peak_rss() -> int:
-    """Bytes; the most that this process has had."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
-    return _rss()
-
-
-def _trim() -> None:
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -27,7 +27,7 @@ from moekit.serve.http.replies import Kind, Reply
 from moekit.serve.http.schemas import ChatRequest, CompletionRequest, Request
 from moekit.serve.scheduler import ClosedError, QueueFullError
 
-MAX_BODY_BYTES = 4 << 20
+MAX_BODY_BYTES = 1 << 20
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -70,7 +70,7 @@ def create_app(service: Service, api_key: str | None = None, max_body_bytes: int
     @app.post("/v1/completions")
     async def complete(request: CompletionRequest, http: HttpRequest) -> Response:
         service.check_model(request.model)
-        prompts = [service.tokenizer(x).input_ids if isinstance(x, str) else x for x in request.prompts]
+        prompts = [service.ids(x) if isinstance(x, str) else x for x in request.prompts]
         if not prompts:
             raise ApiError(400, "there is no prompt", "prompt")
         return await answer("completion", request, prompts, http)

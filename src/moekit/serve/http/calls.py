@@ -11,11 +11,13 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
-from moekit.serve.batching import Ask, News, Text
+from moekit.serve.batching import Ask, News, Text, too_long
 from moekit.serve.http.errors import ApiError, api_error
 from moekit.serve.http.schemas import ChatRequest, CompletionRequest, Request
 from moekit.serve.sampling import Sampling
 from moekit.serve.scheduler import Scheduler
+
+CUT_TOKENS = 16  # that a text may have more when it is cut in the middle of a word
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,33 @@ class Service:
         if name != self.name:
             raise ApiError(404, f"there is no model {name!r} here, only {self.name!r}", "model", "model_not_found")
 
+    def ids(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text.
+
+        A tokenizer needs about half a kilobyte for each: of a text that is far too long only a beginning is looked at.
+
+        Args:
+            text: any.
+            special: put those around it that the tokenizer puts around texts.
+
+        Raises:
+            DataError: a beginning of it has more tokens than the context.
+        """
+        context = self.scheduler.batcher.engine.context
+        size = 4 * context
+        while size < len(text):
+            count = len(self.tokenizer(text[:size], add_special_tokens=special).input_ids)
+            if count > context + CUT_TOKENS:
+                raise too_long(context, f"more than {count - CUT_TOKENS:,}")
+            size *= 4
+        return self.tokenizer(text, add_special_tokens=special).input_ids
+
     def chat_ids(self, request: ChatRequest) -> list[int]:
         """A talk as the model's chat template writes it.
 
         Raises:
             ApiError: 400, no chat template, or one that refuses these messages.
+            DataError: see `ids`.
         """
         if not (self.chat_template or self.tokenizer.chat_template):
             raise ApiError(
@@ -62,11 +86,12 @@ class Service:
             )
         talk = [message.plain() for message in request.messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                talk, chat_template=self.chat_template, add_generation_prompt=True, return_dict=False
+            text = self.tokenizer.apply_chat_template(
+                talk, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates are programs, and raise whatever they like
             raise ApiError(400, f"the chat template refuses this talk: {error}", "messages") from None
+        return self.ids(text, special=False)  # the template has written them
 
 
 def asks(request: Request, prompts: Sequence[Sequence[int]]) -> list[Ask]:
