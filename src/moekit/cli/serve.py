@@ -49,7 +49,6 @@ def serve(
     trace: Path | None = TRACE,
     lossy: str | None = LOSSY,
     fast: bool = FAST,
-    device: str = DEVICE,
     max_body: str = typer.Option("1MiB", help="Of a request, at most."),
 ) -> None:
     """Serve a packed model to clients of OpenAI's API, in less memory than it needs.
