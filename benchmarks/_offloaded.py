@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -223,22 +224,29 @@ def run(part: dict[str, Any], workdir: Path) -> dict[str, Any]:
         system.feed(texts[:, -32:])  # kernels are chosen, libraries are there
         system.forget()
         drop_pages(system.files)
-        started = time.perf_counter()
+        started, elsewhere = time.perf_counter(), _busy_elsewhere()
         system.feed(texts[:, : part["tokens"]])
-        return row | {"prefill_s": time.perf_counter() - started, "tokens": part["tokens"], "state": system.state()}
+        took = time.perf_counter() - started
+        row |= {"prefill_s": took, "tokens": part["tokens"], "elsewhere": (_busy_elsewhere() - elsewhere) / took}
+        return row | {"state": system.state()}
     drop_pages(system.files)
     system.feed(texts[:, :8])
     at = 8
     for phase, steps in part["steps"].items():
-        row[phase] = {
-            "before": system.state(),
-            "times": list(_steps(system, texts, at, steps)),
-            "after": system.state(),
-        }
+        before, elsewhere = system.state(), _busy_elsewhere()
+        times = list(_steps(system, texts, at, steps))
+        elsewhere = (_busy_elsewhere() - elsewhere) / sum(times)
+        row[phase] = {"before": before, "times": times, "after": system.state(), "elsewhere": elsewhere}
         at += steps
     if isinstance(system, Moekit):
         row["belady"] = belady_hits(system.routes, system.engine.cache.slots, row["warm"])
     return row
+
+
+def _busy_elsewhere() -> float:
+    """Seconds of processors' time that other processes have had."""
+    own, all_ = psutil.Process().cpu_times(), psutil.cpu_times()
+    return all_.user + all_.nice + all_.system - own.user - own.system
 
 
 def _steps(system: Any, texts: torch.Tensor, at: int, steps: int) -> Iterator[float]:

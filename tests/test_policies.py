@@ -10,7 +10,7 @@ import moekit
 from moekit import refmoe
 from moekit.errors import DataError, RecipeError
 from moekit.recording import trace
-from moekit.serve.cache import ExpertCache, residents_in, slot_bytes
+from moekit.serve.cache import READERS, ExpertCache, residents_in, slot_bytes
 from moekit.serve.engine import Engine
 from moekit.serve.packing import pack
 from moekit.serve.policies import POLICIES, Residency, Sizes, policy_named
@@ -366,11 +366,11 @@ def test_reading_ahead_changes_no_token_and_no_hit(packed, name, monkeypatch):
 def test_a_busy_disk_is_not_read_ahead_of(packed):
     engine = Engine(packed[0])
     engine.cache.reads = AtOnce(engine.cache)
-    engine.cache._one_read_s, engine.cache._pause_s = 1.0, 0.5
+    engine.cache._one_read_s, engine.cache._pause_s = 1.0, 0.8 / READERS
     engine.cache.predict = lambda layer: [0, 1, 2]
     list(engine.cache.run(engine.cache.indices[0], [4, 5]))
     assert not engine.cache._early
-    engine.cache._one_read_s, engine.cache._pause_s = 1.0, 2.5
+    engine.cache._one_read_s, engine.cache._pause_s = 1.0, 2.5 / READERS
     list(engine.cache.run(engine.cache.indices[0], [4, 5]))
     assert [key for key in engine.cache._early] == [(1, 0), (1, 1)]
     list(engine.cache.run(engine.cache.indices[1], [1, 7]))

@@ -29,6 +29,7 @@ QUIET = 2  # fewer reads in flight than these: one more may be read ahead
 PASSING = 8  # slots for experts that come and go, at most
 PASSING_SHARE = 8  # one in so many slots is for them
 CPU = torch.device("cpu")
+TOUCHED_BYTES = 4 << 30  # of slots that are made real at the start; more would take seconds
 FORGETTING = 0.1  # weight of the newest time among those measured
 
 
@@ -93,7 +94,7 @@ class ExpertCache:
         self.slot_bytes = slot_bytes(store)
         total = slots_in(store, memory_bytes)
         self._slots = _arena(total * self.slot_bytes, device).split(self.slot_bytes)
-        self._free = list(range(total))
+        self._free = list(range(total))[::-1]
         self._residency = Residency(policy, residents_in(store, memory_bytes))
         self._resident: dict[Key, int] = {}
         self._held: list[tuple[Form, Held] | None] = [None] * total  # by slot: views of it, made once
@@ -273,7 +274,7 @@ class ExpertCache:
         if self.predict is None or number >= len(self.indices) or not self._one_read_s or waiting:
             return
         self._reap()
-        count = min(int(self._pause_s / self._one_read_s), len(self._free) - 1)
+        count = min(int(READERS * self._pause_s / self._one_read_s), len(self._free) - 1)
         if count <= 0:
             return
         likely = [x for x in self.predict(layer) if not self._residency.resident[number, x]][:count]
@@ -308,13 +309,15 @@ class ExpertCache:
 
 
 def _arena(size: int, device: torch.device) -> torch.Tensor:
-    """Memory for all slots; on the CPU its pages become real as they are written."""
+    """Memory for all slots; on the CPU its pages are real from the start, up to `TOUCHED_BYTES`."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # large ones: some hundred times fewer for a read to get and to pin
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    arena = torch.frombuffer(pages, dtype=torch.uint8)
+    arena[:TOUCHED_BYTES].zero_()  # to make a slot's pages real takes as long as to read into it
+    return arena
 
 
 def slot_bytes(store: ExpertStore) -> int:

@@ -64,7 +64,7 @@ def stored_experts(
             starts[expert] = start
             start += count
     made: dict[int, torch.Tensor] = {}
-    for expert, tensors in cache.run(experts._moekit_layer, list(starts)):
+    for expert, tensors in cache.run(experts._moekit_layer, list(starts), [x for x in counts if x]):
         rows = slice(starts[expert], starts[expert] + counts[expert])
         tokens, ranks = all_tokens[rows], all_ranks[rows]
         x = hidden_TD[tokens]
@@ -116,7 +116,7 @@ def _few(
 
     at_once = all(cache.holds(layer, expert) for expert in needed)
     tables: dict[int, list[int]] = {}
-    for expert, held in cache.run(layer, needed):
+    for expert, held in cache.run(layer, needed, [end - start for start, end in ranges.values()]):
         row = _row(held, stored.of(expert), experts.has_gate)
         if at_once:
             tables[expert] = row

@@ -102,11 +102,15 @@ class Prefetcher:
         layer = self._numbers[index] + 1
         if layer < self.predictor.first or layer - 1 not in self._chosen:
             return []
-        ids = {number: x.numpy() for number, x in self._chosen.items() if number < layer}
-        seen = Seen(self._tokens, self._counts, ids, {n: x for n, x in self._hidden.items() if n < layer})
+        hidden = {n: x for n, x in self._hidden.items() if n < layer}
+        ids = {} if self.predictor.watches_hidden else {n: x.numpy() for n, x in self._chosen.items() if n < layer}
         with torch.inference_mode():
-            scores_TE = self.predictor.scores(layer, seen)
+            scores_TE = self.predictor.scores(layer, Seen(self._tokens, self._counts, ids, hidden))
         count = self.routers.layers[layer].top_k + 1
+        if len(scores_TE) == 1:
+            likeliest = scores_TE[0].argpartition(-count)[-count:]
+            order = likeliest[scores_TE[0][likeliest].argsort()[::-1]]
+            return [x for x in order.tolist() if x < self.routers.layers[layer].num_experts]
         order, votes = np.unique(top(scores_TE, count), return_counts=True)
         total = scores_TE.sum(0)
         known = self.routers.layers[layer].num_experts

@@ -149,8 +149,8 @@ void moekit_reads_start(Reads *reads, int n, const int32_t *slots, const Job *jo
         reads->jobs[slots[i]] = jobs[i];
         reads->state[slots[i]] = QUEUED;
         reads->queue[!urgent][reads->length[!urgent]++] = slots[i];
+        if (i < reads->count) pthread_cond_signal(&reads->work);
     }
-    pthread_cond_broadcast(&reads->work);
     pthread_mutex_unlock(&reads->lock);
 }
 

@@ -56,10 +56,12 @@ class Residency:
             experts: needed, each once.
             counts: tokens that need each; None: one.
         """
+        ids = np.asarray(experts, np.int64)
+        if self.count == self.resident.size:  # all are there for ever: nothing to decide, or to learn for it
+            return Decision(tuple(ids.tolist()), (), frozenset(), ())
         if layer <= self._last:
             self.policy.step()
         self._last = layer
-        ids = np.asarray(experts, np.int64)
         self.policy.used(layer, ids, np.ones(len(ids)) if counts is None else np.asarray(counts, np.float64))
         there = self.resident[layer, ids]
         misses = ids[~there].tolist()

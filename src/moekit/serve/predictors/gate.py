@@ -11,6 +11,7 @@ Deviations: none in the prediction; how much is read ahead depends on the disk's
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from moekit.serve.predictors.base import Predictor, Seen
 from moekit.serve.predictors.routers import Routers
@@ -28,6 +29,10 @@ class Gate(Predictor):
         assert routers is not None
         self.routers = routers
 
+    @torch.inference_mode()
     def scores(self, layer: int, seen: Seen) -> np.ndarray:
-        """Its router's answer."""
+        """Its router's answer; where products with its rows say as much, these alone."""
+        rows = self.routers.rows[layer]
+        if rows is not None:
+            return torch.nn.functional.linear(seen.hidden[layer - 1], rows).float().numpy()
         return self.routers.scores(layer, seen.hidden[layer - 1])

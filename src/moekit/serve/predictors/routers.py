@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 
 from moekit.errors import ModelError
 from moekit.families.model import Model
-from moekit.families.seam import RouterTap
+from moekit.families.seam import RouterTap, rows_of
 from moekit.layout import Layout
 from moekit.serve.routes import Routes
 from moekit.view import MoEView
+
+LIKE = 0.9  # of random hidden states must be ranked alike; in 16 bits some are near a tie
 
 
 class Routers:
@@ -55,6 +58,30 @@ class Routers:
         chosen = self.view.family.chosen(moe, ids_TK, weights_TK).long()
         marks_TE = torch.zeros(len(ids_TK), self.experts + 1).scatter_(1, chosen.clamp_max(self.experts), 1e6)
         return (logits_TE.clamp_min(-1e5) + marks_TE[:, :-1]).numpy()
+
+    @cached_property
+    def rows(self) -> list[torch.Tensor | None]:
+        """By MoE layer, rows [E, D] whose products with hidden states rank the experts as the router does.
+
+        Found by asking it about random hidden states; None where there are no such rows.
+        """
+        return [self._rows(number) for number in range(len(self.layers))]
+
+    @torch.inference_mode()
+    def _rows(self, number: int) -> torch.Tensor | None:
+        moe = self.layers[number]
+        place = rows_of(self.view.router(moe.index), moe.router_width)
+        rows = None if place is None else place[0][place[1]]
+        if rows is None or len(rows) != moe.num_experts:
+            return None
+        hidden_TD = torch.randn(32, rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+        try:
+            _, ids_TK = self.view.family.routing(self.view.router(moe.index)(hidden_TD))
+        except TypeError:
+            return None
+        mine_TK = (hidden_TD @ rows.T).topk(ids_TK.shape[1]).indices
+        same = (mine_TK.sort().values == ids_TK.sort().values).all(1)
+        return rows if same.float().mean() > LIKE else None
 
     @contextmanager
     def watched(self, given: dict[int, torch.Tensor], chosen: dict[int, torch.Tensor]) -> Iterator[None]:
