@@ -26,6 +26,10 @@ def pack(
     bits: str = typer.Option(
         "16", help="Of experts' weights: 16 keeps every number, 8 and 4 round to nearest, mixed: each expert its own."
     ),
+    rest_bits: int = typer.Option(
+        16,
+        help="Of the other matrices: 16 keeps every number, 8 and 4 round to nearest; the vocabulary's gets 8.",
+    ),
     plan: Path | None = typer.Option(
         None, help="With mixed: the bits of a plan that quantises, as mc-moe makes; what stores do not have is raised."
     ),
@@ -56,17 +60,24 @@ def pack(
     if not mixed and not bits.isdecimal():
         raise RecipeError("impossible bits", where="--bits", expected="16, 8, 4 or mixed", got=bits)
     opened = moekit.open(model, trust_remote_code=trust_remote_code)
-    check_packable(opened, 16 if mixed else int(bits))
+    check_packable(opened, 16 if mixed else int(bits), rest_bits)
     with bars() as progress:
         widths = _widths(opened, plan, average_bits, stats, progress) if mixed else None
         path = run(
-            opened, out, bits=16 if mixed else int(bits), by_expert=widths, overwrite=overwrite, progress=progress
+            opened,
+            out,
+            bits=16 if mixed else int(bits),
+            by_expert=widths,
+            rest_bits=rest_bits,
+            overwrite=overwrite,
+            progress=progress,
         )
     store = ExpertStore(path)
     count = sum(len(layer.offsets) for layer in store.layers.values())
     console().print(
         f"[bold]{path}[/]: {count:,} experts in {format_bytes(store.expert_bytes)} ({_kept(store)}), "
         f"{format_bytes(store.rest_bytes)} of everything else"
+        + (f" (matrices rounded to {store.rest_bits} bits)" if store.rest_bits < 16 else "")
     )
     console().print(f'  run it: moekit run {out} --memory 2GiB --prompt "..."')
 
@@ -88,7 +99,7 @@ def _widths(model: Model, plan: Path | None, average: float | None, stats: Path 
 def _kept(store: ExpertStore) -> str:
     """What became of the numbers, in words."""
     bits = [layer.of(e).bits for layer in store.layers.values() for e in range(len(layer.offsets))]
-    if store.lossless:
+    if min(bits) == 16:
         return "every number kept"
     if len(set(bits)) == 1:
         return f"rounded to {bits[0]} bits"

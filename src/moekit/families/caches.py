@@ -48,7 +48,7 @@ class RoomyLayer(DynamicLayer):
         """One more column has been written behind the others."""
         size = self.keys.shape[-2] + 1
         keys, values = self.rooms()
-        self.keys, self.values = keys[..., :size, :], values[..., :size, :]
+        self.keys, self.values = keys.narrow(-2, 0, size), values.narrow(-2, 0, size)
 
     def _put(self, name: str, new: torch.Tensor) -> torch.Tensor:
         old, rooms = getattr(self, name), self.__dict__.setdefault(ROOM, {})

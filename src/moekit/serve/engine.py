@@ -38,7 +38,7 @@ from moekit.serve.experts import run_from_store
 from moekit.serve.lossy import Losses, Lossy
 from moekit.serve.policies import Policy, Sizes
 from moekit.serve.prefetch import Prefetcher, chosen_policy, predictor_of
-from moekit.serve.rest import put_rest
+from moekit.serve.rest import put_packed, put_rest
 from moekit.serve.routes import Routes
 from moekit.serve.sampling import Sampling, choose
 from moekit.serve.store import ExpertStore
@@ -130,10 +130,16 @@ class Engine:
         self.layout, self.context = self.store.layout, context
         self.texts, self.kept_tokens = texts, max(context, kept_tokens or 0)
         self.model = skeleton(self.store.path, dtype_of(self.layout))
+        packed: dict[str, dict[str, torch.Tensor]] = {}
         for index in (-1, *range(self.layout.num_layers)):
+<<<<<<< src/moekit/serve/engine.py
+            packed |= put_rest(self.model, self.store.rest(index))
+=======
             put_rest(self.model, self.store.rest(index))
         move(self.model, self.device)
+>>>>>>> /tmp/new/src/moekit/serve/engine.py
         self.model.tie_weights()
+        put_packed(self.model, packed)
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
         self._experts = run_from_store(self.model, self.layout, self._family)

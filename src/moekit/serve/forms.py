@@ -24,6 +24,7 @@ from torch.nn.functional import linear, pad
 BITS = (4, 8, 16)
 GROUP_SIZE = 64
 BLOCK_ROWS = 64
+TORCH_COLUMNS = 32  # of an eight-bit matrix are multiplied together by torch's kernel
 FEW_ROWS = {8: 8, 4: 8}  # by bits: up to here packed numbers are multiplied as they lie; measured by `calibrate`
 
 
@@ -137,6 +138,8 @@ def product(
     bits = 8 if q.dtype == torch.int8 else 4
     if len(x_NI) <= FEW_ROWS[bits] and x_NI.dtype == scale.dtype == torch.bfloat16 and has_kernel() and q.is_cpu:
         if bits == 8:
+            if q.shape[1] % TORCH_COLUMNS:  # torch's kernel reads past the end of shorter rows
+                return linear(x_NI, unpacked(tensors, name, outputs), bias)
             out = torch.ops.aten._weight_int8pack_mm(x_NI, q, scale)
         else:
             group = 2 * q.shape[1] // len(scale)

@@ -21,6 +21,7 @@ from moekit.families.resident import run_config
 from moekit.layout import MoELayer
 from moekit.progress import Progress, silent
 from moekit.serve.forms import BITS, packed_expert
+from moekit.serve.rest import packed_rest, rest_widths
 from moekit.serve.store import MANIFEST, VERSION, Form, StoredLayer, checksum, experts_name, form_of, rest_name, to_row
 
 DONE = "packed.json"  # in OUT.partial: the layers that are complete
@@ -28,7 +29,7 @@ KEPT_FILES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
 LARGEST_SIDE_BYTES = 64 << 20
 
 
-def check_packable(model: Model, bits: int) -> None:
+def check_packable(model: Model, bits: int, rest_bits: int = 16) -> None:
     """Refuse what the run time could not run, before anything is read.
 
     Raises:
@@ -48,8 +49,9 @@ def check_packable(model: Model, bits: int) -> None:
             got=f"layers {', '.join(map(str, constant))}",
             fix="pack the source, or what another method made of it",
         )
-    if bits not in BITS:
-        raise OutputError("experts cannot be packed so", where="bits", expected=", ".join(map(str, BITS)), got=bits)
+    for where, what, given in (("bits", "experts", bits), ("rest_bits", "matrices", rest_bits)):
+        if given not in BITS:
+            raise OutputError(f"{what} cannot be packed so", where=where, expected=", ".join(map(str, BITS)), got=given)
 
 
 def pack(
@@ -58,6 +60,7 @@ def pack(
     *,
     bits: int = 16,
     by_expert: Mapping[int, tuple[int, ...]] | None = None,
+    rest_bits: int = 16,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -68,6 +71,7 @@ def pack(
         out: a new folder.
         bits: of experts' weights: 16 (the model's own dtype), 8 or 4.
         by_expert: bits of each expert [E] by decoder layer index, where they differ; other layers take `bits`.
+        rest_bits: of the other large matrices' weights (`moekit.serve.rest`): 16, 8 or 4.
         overwrite: replace a store that lies there.
         progress: told as layers pass.
 
@@ -76,11 +80,13 @@ def pack(
         OutputError: a place that cannot be written to, or a disk that is full.
         CheckpointError: weights that cannot be read.
     """
-    check_packable(model, bits)
+    check_packable(model, bits, rest_bits)
     target = Path(out).resolve()
     check_place(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     job: dict[str, Any] = {"store of": model.fingerprint, "bits": bits, "moekit": __version__}
+    if rest_bits < 16:
+        job["rest_bits"] = rest_bits
     if by_expert:
         job["by_expert"] = {str(index): list(widths) for index, widths in by_expert.items()}
     try:
@@ -91,7 +97,7 @@ def pack(
             if not done["sizes"]:
                 check_space(target.parent, model.layout.total.bytes * max(1, 2 // _itemsize(model)))
             sign(partial, job)
-            _write(model, partial, job, done, bits, by_expert or {}, progress)
+            _write(model, partial, job, done, bits, by_expert or {}, rest_bits, progress)
             move(partial, target)
     except OSError as error:
         raise failed(error, partial) from error
@@ -110,9 +116,11 @@ def _write(
     done: dict[str, Any],
     bits: int,
     by_expert: Mapping[int, tuple[int, ...]],
+    rest_bits: int,
     progress: Progress,
 ) -> None:
     layout, loader = model.layout, model.loader()
+    rest = rest_widths(loader.model, layout, rest_bits)
     steps = [OUTER, *range(layout.num_layers)]
     for number, index in enumerate(steps):
         progress("pack", number, len(steps))
@@ -130,7 +138,7 @@ def _write(
             done["layers"][str(index)] = to_row(stored)
             done["sizes"][experts_name(index)] = (partial / experts_name(index)).stat().st_size
             del experts
-        _save(tensors, partial / rest_name(index))
+        _save(packed_rest(tensors, rest), partial / rest_name(index))
         done["sizes"][rest_name(index)] = (partial / rest_name(index)).stat().st_size
         del tensors
         sync(partial / rest_name(index))
@@ -146,6 +154,7 @@ def _write(
         "version": VERSION,
         "source": {"name": model.name, "fingerprint": model.fingerprint},
         "job": job,
+        "rest_bits": rest_bits,
         "layout": layout.to_dict(),
         "layers": done["layers"],
         "sizes": done["sizes"],

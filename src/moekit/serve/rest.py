@@ -10,12 +10,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from moekit.families.detect import TOWERS
 from moekit.families.resident import put
+from moekit.layout import Layout
 from moekit.serve.forms import packed_expert, product, unpacked
 from moekit.serve.native import Native, Weight, weight_of
 
-LEAST_NUMBERS = 1 << 16  # of a matrix that is packed: smaller ones (gates) weigh nothing and matter
+LEAST_ROWS = 64  # of a matrix that is packed: smaller ones (gates) weigh nothing and matter
 OUTPUT_BITS = 8  # of the vocabulary's matrix, at least
 FEW = 8  # rows that the native kernel is given
 
@@ -61,14 +64,51 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def pack_linear(weight_OI: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """A weight's numbers packed: "q" and "scale"."""
-    _, tensors = packed_expert({"w": weight_OI}, bits, False)
-    return {"q": tensors["w.q"], "scale": tensors["w.scale"]}
+def rest_widths(model: PreTrainedModel, layout: Layout, bits: int) -> dict[str, tuple[str, int]]:
+    """Which parameters of a model are packed: their linear layer's weight by name, to what name and how many bits.
+
+    Linear layers outside experts and routers, of at least `LEAST_ROWS`; the vocabulary's matrix, and those that are no
+    multiple of 32 wide, with at least `OUTPUT_BITS`. Where it is the embedding too, that stays beside it as it was.
+
+    Args:
+        model: the stock model; its parameters may be empty.
+        layout: of the model.
+        bits: 16 for none.
+    """
+    if bits >= 16:
+        return {}
+    output = model.get_output_embeddings()
+    away = tuple(x.experts_path + "." for x in layout.routed) + tuple(x.router_path for x in layout.routed)
+    out = {}
+    for path, module in model.named_modules():
+        if type(module) is not nn.Linear or path.startswith(away) or module.out_features < LEAST_ROWS:
+            continue
+        if TOWERS.search(path + "."):
+            continue
+        source = path + ".weight"
+        if module is output and layout.tied_embeddings:
+            embedding = model.get_input_embeddings()
+            source = next(name for name, x in model.named_modules() if x is embedding) + ".weight"
+        more = module is output or module.in_features % 32
+        out[source] = path + ".weight", max(bits, OUTPUT_BITS) if more else bits
+    return out
 
 
-def put_rest(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Give a model what a store keeps of it beside experts, by name; linear layers of packed weights are replaced."""
+def packed_rest(tensors: dict[str, torch.Tensor], widths: dict[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
+    """A layer's parameters, those of `widths` packed."""
+    out = {}
+    for name, x in tensors.items():
+        target, bits = widths.get(name, (name, 16))
+        if target != name or bits == 16:
+            out[name] = x
+        if bits < 16:
+            _, parts = packed_expert({target: x}, bits, False)
+            out |= parts
+    return out
+
+
+def put_rest(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Give a model what a store keeps of it beside experts, by name; what is packed is returned, for `put_packed`."""
     packed: dict[str, dict[str, torch.Tensor]] = {}
     plain = []
     for key, tensor in tensors:
@@ -78,6 +118,11 @@ def put_rest(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> N
         else:
             plain.append((key, tensor))
     put(model, plain)
+    return packed
+
+
+def put_packed(model: nn.Module, packed: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Replace linear layers by packed ones, once biases are filled and tied parameters tied."""
     for path, parts in packed.items():
         linear = model.get_submodule(path)
         model.set_submodule(path, PackedLinear(parts["q"], parts["scale"], linear.out_features, linear.bias))

@@ -3,7 +3,7 @@
     STORE/store.json               what lies where, of which model, with a checksum for every record
     STORE/experts-00003.bin        the experts of layer 3, one record each, aligned to 4 KiB
     STORE/rest-00003.safetensors   the layer's other parameters, by their name in the stock model (router, attention)
-    STORE/rest-outer.safetensors   what is in no layer
+    STORE/rest-outer.safetensors   what is in no layer; packed matrices as NAME.weight.q and NAME.weight.scale
     STORE/config.json, tokenizer   as in the checkpoint
 
 A record holds one expert's parameters one after the other, each aligned to 64 bytes, in the orientation of the stock
@@ -30,7 +30,8 @@ from moekit.errors import CheckpointError
 from moekit.layout import Layout
 
 MANIFEST = "store.json"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)  # 2: without packed matrices beside the experts
 PAGE_BYTES = 4096
 ALIGNMENT = 64
 DIRECT = getattr(os, "O_DIRECT", 0)  # reads past the page cache; not on every system
@@ -152,11 +153,11 @@ class ExpertStore:
             ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError("the store's manifest cannot be read", where=self.path, got=str(error)) from None
-        if self.manifest.get("version") != VERSION:
+        if self.manifest.get("version") not in READABLE:
             raise CheckpointError(
                 "a store of another version",
                 where=self.path / MANIFEST,
-                expected=VERSION,
+                expected=" or ".join(map(str, READABLE)),
                 got=self.manifest.get("version"),
                 fix="pack the model again",
             )
@@ -188,8 +189,13 @@ class ExpertStore:
 
     @property
     def lossless(self) -> bool:
-        """Whether every expert has the numbers of the checkpoint."""
-        return all(form.bits >= 16 for layer in self.layers.values() for form in layer.forms)
+        """Whether every expert, and all else, has the numbers of the checkpoint."""
+        return self.rest_bits >= 16 and all(form.bits >= 16 for layer in self.layers.values() for form in layer.forms)
+
+    @property
+    def rest_bits(self) -> int:
+        """Bits of a weight of the large matrices beside the experts."""
+        return self.manifest.get("rest_bits", 16)
 
     def read(self, layer: int, expert: int, into: torch.Tensor) -> Form:
         """Read one record; may run in several threads at once.

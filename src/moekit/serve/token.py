@@ -11,9 +11,10 @@ Symbols: L decoder layers, E experts, K chosen, D hidden, V vocabulary, R rotate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -66,8 +67,9 @@ class TokenRunner:
         self._native: Native = kernels.native
         self._threads, self._gated = kernels.threads, bool(next(iter(experts.values())).has_gate)
         self._kept: list[torch.Tensor] = []  # what structures point to
-        self._modules = list(model.modules())
-        self._as_tried = _changes(self._modules)
+        self._states = [vars(x) for x in model.modules()]
+        self._hooks = [y for x in self._states for y in (x["_forward_hooks"], x["_forward_pre_hooks"])]
+        self._as_tried = self._changes()
         self._routed = {i: number for number, i in enumerate(sorted(experts))}
         count, (hidden, _, inner) = len(plain.layers), sizes_of(next(iter(experts.values())))
         most = max(x.num_experts for x in experts.values())
@@ -77,6 +79,7 @@ class TokenRunner:
         self._weights = torch.zeros(count, self._top_k)
         self._hidden = torch.zeros(hidden)
         self._logits = torch.zeros(1, layout.vocab_size, dtype=torch.bfloat16)
+        self._bound: tuple[Any, Any] | None = None  # the cache that structures point to, and its first keys
         self._angles: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._layers = (LayerParts * count)()
         self._shared_inner = 0
@@ -181,34 +184,54 @@ class TokenRunner:
 
     def takes(self) -> bool:
         """Whether the model is as it was tried: nobody watches or changes what passes through its modules."""
-        return self._as_tried == _changes(self._modules)
+        return self._as_tried == self._changes()
+
+    def _changes(self) -> tuple[int, list]:
+        """Hooks on modules, and functions in place of their own."""
+        return sum(map(len, self._hooks)), [x.get("forward") for x in self._states]
 
     @torch.inference_mode()
     def logits(self, token: int, past: Any) -> torch.Tensor | None:
         """Logits [1, V] after a token, whose keys and values are kept; None where the stock code must run it."""
         if not self.takes():
             return None
-        layers = roomy(past, COLUMNS)
-        if layers is None or len(layers) != len(self._layers):
+        layers = self._bound_to(past)
+        if layers is None:
             return None
         self._hidden.copy_(self._plain.embed(torch.tensor([token]))[0])
         self._run(layers, 0, len(layers), True)
-        return self._logits.clone()
+        return self._logits.float()
+
+    def _bound_to(self, past: Any) -> list | None:
+        """The layers of a cache, which the structures point to now; None where it is of another kind."""
+        there, first = self._bound or (None, None)
+        if there is not None and there() is past and first() is past.layers[0].keys and self._has_room(past.layers[0]):
+            return past.layers
+        self._bound = None
+        layers = roomy(past, COLUMNS)
+        if layers is None or len(layers) != len(self._layers):
+            return None
+        for to, layer in zip(self._layers, layers, strict=True):
+            keys, values = layer.rooms()
+            to.keys, to.values, to.room = keys.data_ptr(), values.data_ptr(), keys.shape[-2]
+        self._bound = ref(past), ref(layers[0].keys)
+        return layers
+
+    def _has_room(self, layer: Any) -> bool:
+        return layer.keys.shape[-2] < self._layers[0].room
 
     def _run(self, layers: list, begin: int, end: int, finish: bool) -> None:
         step, length = self._step, layers[begin].keys.shape[-2]
-        for index in range(begin, end):
-            keys, values = layers[index].rooms()
-            to = self._layers[index]
-            to.keys, to.values, to.room = keys.data_ptr(), values.data_ptr(), keys.shape[-2]
         cos, sin = self._rotations(length)
         step.past, step.cos, step.sin = length, cos.data_ptr(), sin.data_ptr()
         step.begin, step.end, step.waiting, step.finish = begin, end, 0, finish
         while (at := self._native.token(self._parts, self._layers, step, self._shared_inner, self._threads)) < end:
             self._fetch(at)
             step.begin, step.waiting = at, 1
-        for index in range(begin, end):
-            layers[index].grow()
+        for layer in layers[begin:end]:
+            layer.grow()
+        if self._bound is not None:
+            self._bound = self._bound[0], ref(layers[0].keys)
         counts = self.cache.counts.hits
         for index, number in self._routed.items():
             if begin <= index < end:
@@ -247,7 +270,7 @@ class TokenRunner:
         apart = []
         for token in ids[2:]:
             seen, right = self._seen(token, stock)
-            layers = roomy(mine, COLUMNS)
+            layers = self._bound_to(mine)
             if layers is None or not torch.equal(self._plain.embed(token[None])[0].float(), seen[0][0]):
                 return torch.empty(0)
             row = []
@@ -291,13 +314,3 @@ def token_runner(
         runner = TokenRunner(model, plain, layout, kernels, experts, cache)
         return runner if runner.same() else None
     return None
-
-
-def _changes(modules: Sequence[nn.Module]) -> list[tuple]:
-    """What somebody has put on modules: hooks, and functions in place of their own."""
-    states = [vars(x) for x in modules]
-    return [
-        (i, len(x["_forward_hooks"]), len(x["_forward_pre_hooks"]), x.get("forward"))
-        for i, x in enumerate(states)
-        if x["_forward_hooks"] or x["_forward_pre_hooks"] or "forward" in x
-    ]
