@@ -132,14 +132,10 @@ class Engine:
         self.model = skeleton(self.store.path, dtype_of(self.layout))
         packed: dict[str, dict[str, torch.Tensor]] = {}
         for index in (-1, *range(self.layout.num_layers)):
-<<<<<<< src/moekit/serve/engine.py
             packed |= put_rest(self.model, self.store.rest(index))
-=======
-            put_rest(self.model, self.store.rest(index))
         move(self.model, self.device)
->>>>>>> /tmp/new/src/moekit/serve/engine.py
         self.model.tie_weights()
-        put_packed(self.model, packed)
+        put_packed(self.model, packed, self.device)
         check_filled(self.model, self.layout)
         self._family = family_of(self.layout.text_family)
         self._experts = run_from_store(self.model, self.layout, self._family)

@@ -121,11 +121,12 @@ def put_rest(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> d
     return packed
 
 
-def put_packed(model: nn.Module, packed: dict[str, dict[str, torch.Tensor]]) -> None:
+def put_packed(model: nn.Module, packed: dict[str, dict[str, torch.Tensor]], device: torch.device) -> None:
     """Replace linear layers by packed ones, once biases are filled and tied parameters tied."""
     for path, parts in packed.items():
         linear = model.get_submodule(path)
-        model.set_submodule(path, PackedLinear(parts["q"], parts["scale"], linear.out_features, linear.bias))
+        q, scale = (parts[name].to(device) for name in ("q", "scale"))
+        model.set_submodule(path, PackedLinear(q, scale, linear.out_features, linear.bias))
 
 
 def weight_in(module: nn.Module, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> Weight:

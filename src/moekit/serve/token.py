@@ -204,9 +204,10 @@ class TokenRunner:
 
     def _bound_to(self, past: Any) -> list | None:
         """The layers of a cache, which the structures point to now; None where it is of another kind."""
-        there, first = self._bound or (None, None)
-        if there is not None and there() is past and first() is past.layers[0].keys and self._has_room(past.layers[0]):
-            return past.layers
+        if self._bound is not None:
+            there, first = self._bound
+            if there() is past and first() is past.layers[0].keys and self._has_room(past.layers[0]):
+                return past.layers
         self._bound = None
         layers = roomy(past, COLUMNS)
         if layers is None or len(layers) != len(self._layers):
