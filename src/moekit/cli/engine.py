@@ -19,6 +19,7 @@ TRACE: Any = typer.Option(None, help="A folder of `moekit trace --tokens`, for p
 LOSSY: Any = typer.Option(
     None, help="Read less, and lose something: drop=0.5,adaptive-k=0.95,substitute=0.5,odp=PLAN, each or some."
 )
+DEVICE: Any = typer.Option("cpu", help="Where to compute; on cuda, --memory is the GPU's.")
 FAST: Any = typer.Option(False, "--fast", help="Sum 16-bit products in another order than transformers, faster.")
 
 

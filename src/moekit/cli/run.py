@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moekit.cli.engine import CONTEXT, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
+from moekit.cli.engine import CONTEXT, DEVICE, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
 from moekit.cli.screen import console
 from moekit.errors import PlanError, RecipeError
 
@@ -37,6 +37,7 @@ def run(
     trace: Path | None = TRACE,
     lossy: str | None = LOSSY,
     fast: bool = FAST,
+    device: str = DEVICE,
     steer: Path | None = typer.Option(None, help="A steering plan to apply."),
     stats: bool = typer.Option(False, "--stats", help="Say afterwards where the time and the memory went."),
 ) -> None:
@@ -63,6 +64,7 @@ def run(
         policy=policy,
         predictor=predictor,
         trace=trace,
+        device=device,
     )
     sampling = Sampling(temperature, top_p, seed)
     with _steered(engine, plan):

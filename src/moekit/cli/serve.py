@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moekit.cli.engine import CONTEXT, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
+from moekit.cli.engine import CONTEXT, DEVICE, FAST, LOSSY, MEMORY, POLICY, PREDICTOR, TRACE, open_engine
 from moekit.cli.screen import console
 from moekit.errors import DataError, RecipeError
 
@@ -49,6 +49,7 @@ def serve(
     trace: Path | None = TRACE,
     lossy: str | None = LOSSY,
     fast: bool = FAST,
+    device: str = DEVICE,
     max_body: str = typer.Option("1MiB", help="Of a request, at most."),
 ) -> None:
     """Serve a packed model to clients of OpenAI's API, in less memory than it needs.
@@ -89,6 +90,7 @@ def serve(
         policy=policy,
         predictor=predictor,
         trace=trace,
+        device=device,
     )
     steering = Steering(MoEView(engine.model, engine.layout), plans) if plans else None
     reason = why_not(engine)
