@@ -13,7 +13,7 @@ import moekit
 import zoo
 from moekit.errors import CheckpointError, ModelError, OutputError, RecipeError
 from moekit.families.model import Model
-from moekit.families.resident import empty_cache
+from moekit.families.resident import empty_cache, move
 from moekit.serve import packing
 from moekit.serve.cache import ExpertCache, slot_bytes
 from moekit.serve.engine import CHUNK_TOKENS, Engine
@@ -209,3 +209,16 @@ def test_too_little_memory_says_how_much_is_needed(stores):
         Engine(stores[16], memory="100MB")
     with pytest.raises(RecipeError, match="no cache policy 'lur'"):
         policy_named("lur", Sizes(5, 6, 32, 4))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus"])
+def test_a_device_that_is_not_here_is_refused(stores, device):
+    with pytest.raises(RecipeError, match="no such device"):
+        Engine(stores[16], device=device)
+
+
+def test_a_model_moves_all_that_is_not_empty():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2, device="meta"))
+    move(model, torch.device("meta"))
+    assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
+    assert not any(x.requires_grad for x in model[0].parameters())
