@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 import moekit
 import zoo
@@ -72,6 +73,19 @@ def test_plain_models_say_what_the_stock_code_does(family, tmp_path):
 def test_other_models_are_left_to_the_stock_code(family, tmp_path):
     engine = engine_of(tmp_path, family, OTHERS[family])
     assert engine.tokens is None
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "granitemoe"])
+def test_single_tokens_are_exact_where_nothing_is_rounded(family, tmp_path):
+    engine = engine_of(tmp_path, family, {}, exact=None)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    stock.set_experts_implementation("eager")
+    mine, right = empty_cache(engine.model), empty_cache(stock)
+    with torch.inference_mode():
+        for part in (IDS[:8], *IDS[8:].split(1)):
+            logits = stock(input_ids=part[None], past_key_values=right, use_cache=True).logits[:, -1]
+            assert torch.equal(engine.forward(part[None], mine, "decode"), logits)
     engine.close()
 
 

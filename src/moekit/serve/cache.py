@@ -73,6 +73,7 @@ class ExpertCache:
         device: in whose memory the slots are.
 
     Attributes:
+        holds_all: there is room for all experts: none of them ever goes, and the policy is asked only about newcomers.
         predict: from the decoder index of the layer that runs, the experts that the next MoE layer will need, likeliest
             first; None: nothing is read ahead.
 
@@ -96,6 +97,8 @@ class ExpertCache:
         self._slots = _arena(total * self.slot_bytes, device).split(self.slot_bytes)
         self._free = list(range(total))[::-1]
         self._residency = Residency(policy, residents_in(store, memory_bytes))
+        every = sum(len(layer.offsets) for layer in store.layers.values())
+        self.holds_all = self._residency.capacity >= every
         self._resident: dict[Key, int] = {}
         self._held: list[tuple[Form, Held] | None] = [None] * total  # by slot: views of it, made once
         self.reads = reads_of(store, self._slots, READERS, QUIET, verify)
@@ -111,11 +114,6 @@ class ExpertCache:
     def slots(self) -> int:
         """How many experts fit."""
         return len(self._slots)
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether there is room for all experts: none of them ever goes."""
-        return self._residency.capacity >= sum(len(layer.offsets) for layer in self.store.layers.values())
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert of a decoder layer is in memory."""
@@ -141,6 +139,11 @@ class ExpertCache:
             CheckpointError: a record cannot be read, or is damaged.
         """
         number = self._number[layer]
+        if self.holds_all and self.predict is None and all((number, x) in self._resident for x in experts):
+            self.counts.hits[number] += len(experts)
+            for expert in experts:
+                yield expert, self._views(layer, expert, self._resident[number, expert])
+            return
         self._pause_ends()
         missing = [x for x in experts if not self._residency.resident[number, x]]
         reading: dict[int, int] = {}  # expert by slot

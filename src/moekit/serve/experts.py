@@ -51,9 +51,17 @@ def stored_experts(
         few = _few(experts, cache, kernels, hidden_TD, ids_TK, weights_TK)
         if few is not None:
             return few
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    outputs = experts.down_proj.shape[2 if experts.is_transposed else 1]
-    up_rows = getattr(experts, up_name).shape[2 if experts.is_transposed else 1]
+    family: Family = experts._moekit_family
+    dtype = family.sum_dtype(hidden_TD.dtype, weights_TK.dtype)
+    if len(hidden_TD) == 1:
+        rank_of = {expert: rank for rank, expert in enumerate(ids_TK[0].tolist()) if expert < experts.num_experts}
+        of_one = {}
+        for expert, tensors in cache.run(experts._moekit_layer, sorted(rank_of)):
+            of_one[expert] = _output(experts, tensors, hidden_TD) * weights_TK[:, rank_of[expert], None]
+        total = torch.zeros_like(hidden_TD, dtype=dtype)
+        for expert in sorted(of_one):
+            total += of_one[expert].to(dtype)
+        return total.to(hidden_TD.dtype)
     flat = ids_TK.t().reshape(-1).long()  # slot-major, as transformers' eager loop visits the pairs
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=experts.num_experts).tolist()[: experts.num_experts]
@@ -67,19 +75,22 @@ def stored_experts(
     for expert, tensors in cache.run(experts._moekit_layer, list(starts), [x for x in counts if x]):
         rows = slice(starts[expert], starts[expert] + counts[expert])
         tokens, ranks = all_tokens[rows], all_ranks[rows]
-        x = hidden_TD[tokens]
-        mid = product(x, tensors, up_name, up_name + "_bias", experts.is_transposed, up_rows)
-        mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
-        out = product(mid, tensors, "down_proj", "down_proj_bias", experts.is_transposed, outputs)
-        if experts.has_post_expert_norm:
-            out = experts.post_expert_norm(out)
-        made[expert] = out * weights_TK[tokens, ranks, None]
-    family: Family = experts._moekit_family
-    total = torch.zeros_like(hidden_TD, dtype=family.sum_dtype(hidden_TD.dtype, weights_TK.dtype))
+        made[expert] = _output(experts, tensors, hidden_TD[tokens]) * weights_TK[tokens, ranks, None]
+    total = torch.zeros_like(hidden_TD, dtype=dtype)
     for expert in starts:
         rows = slice(starts[expert], starts[expert] + counts[expert])
         total.index_add_(0, all_tokens[rows], made[expert].to(total.dtype))
     return total.to(hidden_TD.dtype)
+
+
+def _output(experts: nn.Module, tensors: dict[str, torch.Tensor], x_ND: torch.Tensor) -> torch.Tensor:
+    """What an expert makes of its rows [N, D], unweighted."""
+    axis, up_name = 2 if experts.is_transposed else 1, "gate_up_proj" if experts.has_gate else "up_proj"
+    up_rows = getattr(experts, up_name).shape[axis]
+    mid = product(x_ND, tensors, up_name, up_name + "_bias", experts.is_transposed, up_rows)
+    mid = experts._apply_gate(mid) if experts.has_gate else experts.act_fn(mid)
+    out = product(mid, tensors, "down_proj", "down_proj_bias", experts.is_transposed, experts.down_proj.shape[axis])
+    return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
 
 
 def _few(
