@@ -12,6 +12,7 @@ import moekit
 import zoo
 from moekit.families.model import Model
 from moekit.families.resident import empty_cache
+from moekit.serve import token
 from moekit.serve.engine import Engine
 from moekit.serve.lossy import Lossy
 from moekit.serve.native import ISAS, native
@@ -48,9 +49,9 @@ def logits_of(engine, ids, prompt, stock=()):
     """After each token from the prompt's end on; those with numbers in `stock` by the stock code."""
     past, runner = empty_cache(engine.model), engine.tokens
     out = [engine.forward(ids[None, :prompt], past, "prefill")]
-    for number, token in enumerate(ids[prompt:]):
+    for number, one in enumerate(ids[prompt:]):
         engine.tokens = None if number in stock else runner
-        out.append(engine.forward(token.reshape(1, 1), past, "decode"))
+        out.append(engine.forward(one.reshape(1, 1), past, "decode"))
     engine.tokens = runner
     return torch.cat(out).float()
 
@@ -119,6 +120,18 @@ def test_experts_are_counted_and_read_once(stores):
     list(engine.stream([5], 41))
     assert counts.read_bytes == before
     assert engine.telemetry.tokens["decode"] == 80
+    engine.close()
+
+
+def test_fewer_threads_only_where_they_are_clearly_faster(stores, monkeypatch):
+    engine = Engine(stores[4], context=128)
+    took = {4: 1.0, 2: 0.8, 1: 0.5}
+    monkeypatch.setattr(token, "quickest", lambda call: took[call.args[-1]])
+    engine.tokens._threads = 4
+    assert engine.tokens.try_threads() == 1
+    took[1] = 0.75
+    engine.tokens._threads = 4
+    assert engine.tokens.try_threads() == 4
     engine.close()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -26,12 +27,14 @@ from moekit.families.resident import empty_cache
 from moekit.layout import Layout
 from moekit.serve.cache import ExpertCache
 from moekit.serve.calibrate import Kernels, act_like, row_of, sizes_of
+from moekit.serve.machine import quickest
 from moekit.serve.native import LayerParts, ModelParts, Native, Step
 from moekit.serve.rest import weight_in
 
 DIFFERENCE = 0.03  # of what a layer adds, between its norm and that of the stock layer; rounding alone makes 0.005
 TRIED_TOKENS = 4
 SAME_TOKENS = 2  # of them, at least, in every layer: a router whose scores are nearly alike may choose another expert
+FEWER = 0.7  # of the time with more threads that fewer ones may take to be chosen: measuring is noisy
 PLACES = 64  # whose angles are asked for at once
 COLUMNS = 16  # that a cache of keys and values grows by
 ROUTED_SCORES = ("softmax", "sigmoid")
@@ -259,6 +262,25 @@ class TokenRunner:
         return False
 
     @torch.inference_mode()
+    def try_threads(self) -> int:
+        """Take fewer threads where more get in each other's way (fewer cores than were announced); how many."""
+        past = empty_cache(self._model)
+        self._model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=past, use_cache=True)
+        layers = self._bound_to(past)
+        if layers is None:
+            return self._threads
+        self._run(layers, 0, len(layers), True)  # its experts are in memory now
+        self._bound_to(past)
+        self._step.past, self._step.begin, self._step.waiting = layers[0].keys.shape[-2], 0, 0
+        best = float("inf")
+        for threads in sorted({max(1, self._threads >> shift) for shift in range(8)}, reverse=True):
+            call = partial(self._native.token, self._parts, self._layers, self._step, self._shared_inner, threads)
+            took = quickest(call)
+            if took < FEWER * best:
+                best, self._threads = took, threads
+        return self._threads
+
+    @torch.inference_mode()
     def differences(self) -> torch.Tensor:
         """For a few tokens P, how far what each layer adds is from what the stock one adds, and the logits [P, L + 1].
 
@@ -313,5 +335,7 @@ def token_runner(
         return None
     with suppress(ValueError, IndexError):
         runner = TokenRunner(model, plain, layout, kernels, experts, cache)
-        return runner if runner.same() else None
+        if runner.same():
+            runner.try_threads()
+            return runner
     return None
