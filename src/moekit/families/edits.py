@@ -143,16 +143,39 @@ def prepared(layer: MoELayer, edits: Sequence[RouterEdit]) -> RouterTap | None:
     lead = _lead(layer)
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
     if edits:
-        edit = _banned(edits[0].experts) if acts == {"ban"} and len(edits) == 1 else None
-        edit = edit or partial(edited_logits, edits=list(edits), lead=lead)
+        simple = len(edits) == 1 and _SIMPLE.get(edits[0].action)
+        edit = simple(edits[0]) if simple else partial(edited_logits, edits=list(edits), lead=lead)
     return RouterTap(layer.router_width, edit)
 
 
-def _banned(experts_W: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    def edit(logits: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(experts_W.to(logits.device), torch.finfo(logits.dtype).min)
+def _banned(edit: RouterEdit) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One ban, as `edited_logits` does it, with nothing that is the same for every token."""
+    mask_W, low = edit.experts, 0.0
+    dtype: torch.dtype | None = None
 
-    return edit
+    def changed(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal mask_W, low, dtype
+        if logits.dtype != dtype or logits.device != mask_W.device:
+            dtype, low, mask_W = logits.dtype, torch.finfo(logits.dtype).min, mask_W.to(logits.device)
+        return logits.masked_fill(mask_W, low)
+
+    return changed
+
+
+def _biased(edit: RouterEdit) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One bias, likewise."""
+    amounts_W = edit.amounts
+
+    def changed(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal amounts_W
+        if logits.dtype != amounts_W.dtype or logits.device != amounts_W.device:
+            amounts_W = edit.amounts.to(logits.device, logits.dtype)
+        return logits + amounts_W
+
+    return changed
+
+
+_SIMPLE = {"ban": _banned, "bias": _biased}
 
 
 def _lead(layer: MoELayer) -> float:

@@ -197,12 +197,19 @@ class Family:
         """Multiply the weights that one layer's experts are given by a float32 factor for each expert."""
 
         table = torch.cat([factors_E, factors_E.new_ones(1)])  # id E: empty slot
-        touched = set(torch.nonzero(factors_E != 1).flatten().tolist())
+        factors = {expert: x for expert, x in enumerate(factors_E.tolist()) if x != 1}
 
         def before(_module: nn.Module, args: tuple) -> tuple | None:
             hidden, ids, weights = args[:3]
-            if ids.numel() <= FEW and ids.device.type == "cpu" and touched.isdisjoint(ids.flatten().tolist()):
-                return None  # nothing to do, as for most tokens that are written one by one
+            if ids.numel() <= FEW and ids.device.type == "cpu":  # tokens that are written one by one
+                rows = ids.tolist()
+                if all(factors.keys().isdisjoint(row) for row in rows):
+                    return None
+                if where is None and not weights.requires_grad:
+                    few = [
+                        _rescaled(x, row, factors, renormalise) for x, row in zip(weights.tolist(), rows, strict=True)
+                    ]
+                    return (hidden, ids, weights.new_tensor(few), *args[3:])
             factors_TK = table.to(ids.device)[ids.long()]
             if where is not None:
                 factors_TK = factors_TK.where(where(len(ids)).to(ids.device)[:, None], 1.0)
@@ -323,3 +330,12 @@ def family_of(text_model_type: str) -> Family:
         return Family()
     module, name = entry.split(":")
     return getattr(importlib.import_module(f"moekit.families.{module}"), name)()
+
+
+def _rescaled(weights: list[float], ids: list[int], factors: Mapping[int, float], renormalise: bool) -> list[float]:
+    """`rescaled` for one token, without the calls that cost more than the sums."""
+    out = [weight * factors.get(expert, 1.0) for weight, expert in zip(weights, ids, strict=True)]
+    total = sum(out)
+    if renormalise and total:
+        out = [x * (sum(weights) / total) for x in out]
+    return out
