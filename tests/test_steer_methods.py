@@ -269,11 +269,16 @@ def test_the_verbs(tmp_path, capsys, labelled):
     assert [op.strength for op in Plan.load(plan).ops] == [-1.5] * 3
     texts = ["--target", f"python={HELD['python']}", "--elsewhere", f"kjv={HELD['kjv']}", "--tokens", "128"]
     command = ["steer", "test", str(plan), "refmoe", *texts, "--counts", "1", "--controls", "1"]
-    assert main([*command, "--strengths", "2", "--out", str(out), "--page", str(tmp_path / "page.html")]) == 0
+    pages = ["--page", str(tmp_path / "page.html"), "--plot", str(tmp_path / "doses.svg")]
+    assert main([*command, "--strengths", "2", "--out", str(out), *pages]) == 0
     shown = capsys.readouterr().out
     assert shown.index("side effects") < shown.index("effect: target") < shown.index("dose and response")
     assert (tmp_path / "page.html").is_file()
     assert len(json.loads(out.read_text())["doses"]) == 3
+    drawn = (tmp_path / "doses.svg").read_text()
+    for words in ("experts changed", "strength", "python (target)", "kjv (elsewhere)", "python, matched experts"):
+        assert f">{words}<" in drawn
+    assert main([*command, "--plot", str(tmp_path / "doses.docx")]) == 2
     (tmp_path / "prompts.txt").write_text("In the beginning\nAnd\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt")]
     label = ["steer", "label", "refmoe", *prompts, "--pattern", "the", "--max-tokens", "4"]

@@ -127,6 +127,7 @@ def examine(
     device: str = typer.Option("cpu", help="cpu or cuda."),
     out: Path | None = typer.Option(None, help="Also write the numbers as JSON, for `moekit report --steering`."),
     page: Path | None = typer.Option(None, help="Also write a web page of them."),
+    plot: Path | None = typer.Option(None, help="Also draw dose and response: .svg, .pdf or .png."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
     trust_remote_code: bool = TRUST,
 ) -> None:
@@ -145,9 +146,13 @@ def examine(
     from moekit.steering import assess, load_texts
     from moekit.steering.doses import check_doses, check_plan
 
-    for file in (out, page):
+    for file in (out, page, plot):
         if file:
             check_file(file)
+    if plot is not None:
+        from moekit.report.figures import check_figure, save_doses
+
+        check_figure(plot)
     if (prompts is None) != (match is None):
         raise RecipeError("answers are counted with both", expected="--prompts FILE and --match PATTERN, or neither")
     found = Plan.load(plan)
@@ -195,6 +200,8 @@ def examine(
         from moekit.report import steering_page, write
 
         write(steering_page(result.to_dict()), page)
+    if plot is not None:
+        save_doses(result.to_dict(), plot)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
         return

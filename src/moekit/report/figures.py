@@ -6,7 +6,8 @@ The numbers are those of `moekit.report.data`; text stays text in SVG and PDF, a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -62,21 +63,49 @@ def save(
     out = FilePath(out)
     if kind not in FIGURES:
         raise RecipeError(f"no figure {kind!r}", fix=did_you_mean(kind, FIGURES))
-    if out.suffix.lower() not in FORMATS:
-        raise OutputError("a figure of this type cannot be written", where=out, expected=" or ".join(FORMATS))
+    check_figure(out)
     if domain is not None:
         trace.stats.domain_numbers(domain)
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise OutputError("figures need matplotlib, which is not here", fix="pip install 'moekit[viz]'") from None
     source = Source(trace)
     if first is not None and first not in source.layers:
         trace.moe_layer(first)
+    return _write(lambda: FIGURES[kind](source, domain, source.layers.index(first) if first is not None else 0), out)
+
+
+def save_doses(result: Mapping[str, Any], out: str | FilePath) -> FilePath:
+    """Draw the dose and response of a steering plan into a file that appears whole or not at all.
+
+    Args:
+        result: of `moekit.steering.Assessment.to_dict`.
+        out: ends in .svg, .pdf or .png.
+
+    Raises:
+        OutputError: another file type, matplotlib is missing, or the file cannot be written.
+    """
+    out = FilePath(out)
+    check_figure(out)
+    return _write(lambda: dose_response(result), out)
+
+
+def check_figure(out: FilePath) -> None:
+    """Refuse a figure that could not be written, before there is anything to draw.
+
+    Raises:
+        OutputError: another file type than .svg, .pdf and .png, or matplotlib is missing.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise OutputError("a figure of this type cannot be written", where=out, expected=" or ".join(FORMATS))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError("figures need matplotlib, which is not here", fix="pip install 'moekit[viz]'")
+
+
+def _write(draw: Callable[[], Figure], out: FilePath) -> FilePath:
+    import matplotlib
+
     part = out.with_name(out.name + ".partial")
     try:
         with matplotlib.rc_context(STYLE):
-            figure = FIGURES[kind](source, domain, source.layers.index(first) if first is not None else 0)
+            figure = draw()
             out.parent.mkdir(parents=True, exist_ok=True)
             kept: dict[str, Any] = {"Date": None} if out.suffix.lower() == ".svg" else {}
             kept |= {"CreationDate": None} if out.suffix.lower() == ".pdf" else {}
@@ -136,6 +165,36 @@ def specialisation(source: Source, domain: str | None, _first: int) -> Figure:
     panel.set_xlabel("share of the domain's tokens")
     panel.set_xlim(left=0)
     panel.legend(frameon=False, fontsize=7, loc="lower right")
+    return figure
+
+
+def dose_response(result: Mapping[str, Any]) -> Figure:
+    """Change of the loss by dose with 95% interval: a line a domain, and the controls of those that are meant."""
+    whole = max(dose["number"] for dose in result["doses"])
+    sweeps = {
+        "experts changed": [(dose["number"], dose) for dose in result["doses"] if dose["strength"] == 1],
+        "strength": [(dose["strength"], dose) for dose in result["doses"] if dose["number"] == whole],
+    }
+    sweeps = {name: sorted(x, key=lambda y: y[0]) for name, x in sweeps.items() if len(x) > 1 or name[0] == "e"}
+    figure = _figure(2.6)
+    panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
+    names = sorted(result["domains"], key=lambda x: result["domains"][x]["role"] != "elsewhere")
+    for panel, (axis, doses) in zip(panels, sweeps.items(), strict=True):
+        at = [0, *(x for x, _ in doses)]
+        panel.axhline(0, color=GREY, lw=0.6)
+        for n, name in enumerate(names):
+            role, found = result["domains"][name]["role"], [dose["domains"][name] for _, dose in doses]
+            value, low, high = np.array([[0.0] * 3, *(x["change"] for x in found)]).T
+            style = {"marker": "o", "ms": 3, "lw": 1.4 if role == "target" else 1, "capsize": 2, "elinewidth": 0.8}
+            label = f"{name} ({role})"
+            panel.errorbar(at, value, np.abs([value - low, high - value]), color=_colour(n), label=label, **style)
+            for kind, dashes in (("random", ":"), ("matched", "--")):
+                if role == "target" and all(x[kind] for x in found):
+                    beside = [0.0, *(x[kind]["mean"][0] for x in found)]
+                    panel.plot(at, beside, dashes, color=_colour(n), lw=0.9, label=f"{name}, {kind} experts")
+        panel.set_xlabel(axis)
+    panels[0].set_ylabel("change of the loss, nats a token")
+    panels[0].legend(frameon=False, fontsize=7)
     return figure
 
 
