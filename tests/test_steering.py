@@ -97,6 +97,26 @@ def test_generating_with_a_cache_is_reading_what_was_written(model, stock, ids):
     assert torch.allclose(told[finite], read[finite], atol=1e-3)
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_weights_of_few_tokens_are_those_of_many(model, stock, renormalise):
+    """Tokens that are written one by one take a quicker way than those of a prompt; an emptied token among them."""
+    layer = model.layout.routed[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(layer.num_experts, generator=generator)[: layer.top_k] for _ in range(40)])
+    weights, hidden = torch.rand(ids.shape, generator=generator), torch.randn(40, layer.width, generator=generator)
+    factors = {expert: 0.25 * number for number, expert in enumerate([*ids[0].tolist(), 1, 2])} | dict.fromkeys(
+        ids[3].tolist(), 0.0
+    )
+    view = MoEView(stock, model.layout)
+    experts = view.experts(layer.index)
+    with view.scale({layer.index: factors}, renormalise=renormalise), torch.inference_mode():
+        together = experts(hidden, ids, weights)
+        alone = torch.cat([experts(hidden[i : i + 1], ids[i : i + 1], weights[i : i + 1]) for i in range(40)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    with torch.inference_mode():
+        assert not torch.allclose(together, experts(hidden, ids, weights), atol=1e-2)
+
+
 def test_padding_on_the_left_has_no_place(model, stock, ids):
     layer = model.layout.routed[0].index
     plan = plan_of(model, Steer(layer=layer, expert=3, action="force", scope=Scope(part="span", end=4)))
