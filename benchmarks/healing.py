@@ -41,8 +41,9 @@ HEALERS: dict[str, dict[str, Any]] = {
     "router-lstsq": {},
     "router-distill": {"steps": 60},
     "reconstruct": {},
+    "distill": {"steps": 60},
 }
-FEW = {"router-lstsq": {}, "router-distill": {"steps": 4}, "reconstruct": {"steps": 8}}
+FEW = {"router-lstsq": {}, "router-distill": {"steps": 3}, "reconstruct": {"steps": 6}, "distill": {"steps": 3}}
 
 
 def ratios(
@@ -94,14 +95,14 @@ def page(rows: Mapping[str, Mapping[str, float]], seen: int, held: int) -> str:
 
 Written by `python benchmarks/healing.py --write`: refmoe, {" and ".join(DOMAINS)} together, {seen:,} tokens of each to
 calibrate and to heal on, {held:,} held-out tokens of each to score, sequences of {LENGTH}, float32. Perplexity over
-refmoe's, geometric mean over the two; in brackets the share of the loss in nats that is won back. router-distill takes
-60 steps, reconstruct its default of 100 for each layer.
+refmoe's, geometric mean over the two; in brackets the share of the loss in nats that is won back. router-distill and
+distill take 60 steps, reconstruct its default of 100 for each layer.
 
 | | smaller | {" | ".join(f"[{x}](../methods/{x}.md)" for x in HEALERS)} |
-|---|--:|--:|--:|--:|
+|---|{"--:|" * (1 + len(HEALERS))}
 {body}
 
-The experts of rank 16 are multiplied out (`format: dense`), so that reconstruct can tune them: what is healed has full
+The experts of rank 16 are multiplied out (`format: dense`), so that gradients can tune them: what is healed has full
 rank again, and is as large as before. To keep them small, [mc-smoe](../methods/mc-smoe.md) heals the factors itself.
 """
 
@@ -114,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
-    seen, held = (2048, 512) if args.quick else (8192, 4096)
+    seen, held = (1024, 512) if args.quick else (8192, 4096)
     wanted = dict(list(SMALLER.items())[: 1 if args.quick else None])
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), seen, held)
