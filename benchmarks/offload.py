@@ -106,7 +106,7 @@ def parts(quick: bool) -> dict[str, dict[str, Any]]:
             for system in systems():
                 if (system, kind) == ("llama.cpp", "decode 8"):
                     continue  # its Python package has no batch of several texts that is as simple as this
-                if system == "moekit --fast" and kind != "decode":
+                if system == "moekit --fast" and (quick or kind != "decode"):
                     continue
                 steps = (QUICK_STEPS if quick else EIGHT_STEPS if kind == "decode 8" else STEPS)[system.split()[0]]
                 row = {"system": system, "kind": kind.split()[0], "batch": 8 if kind.endswith("8") else 1}

@@ -121,7 +121,7 @@ def _at(numbers: array) -> int:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL | None:
-    if not hasattr(library, "moekit_reads_begin"):
+    if getattr(library, "moekit_reads_begin", None) is None:
         return None  # compiled where there are no POSIX threads
     library.moekit_reads_begin.argtypes = [_INT, _INT, _INT, _ADDRESS, _ADDRESS]
     library.moekit_reads_begin.restype = _ADDRESS
@@ -260,7 +260,7 @@ class StagedReads(PythonReads):
 
     def _fetch(self, slot: int) -> None:
         into = self._slots[slot]
-        if not hasattr(self._own, "pages"):
+        if getattr(self._own, "pages", None) is None:
             self._own.pages = _pinned(len(into))
         _read(self.store, *self._what[slot], self._own.pages, self.verify)
         with torch.cuda.stream(self._copies):
