@@ -175,8 +175,8 @@ def measure(args: argparse.Namespace, store: Path, port: int, tokens: int, round
     lines.append(f"\nLongest pause of a writer beside a prompt of {LONG_TOKENS:,} tokens: {longest:.2f} of its time.")
     lines.append(
         "\n"
-        "One client alone writes three times as fast as when the goals were set (17.3 ms a token then), sixteen twice as\n"
-        "fast (46.3 ms): so what many gain over one fell."
+        "One client alone writes three times as fast as when the goals were set (17.3 ms a token then), sixteen twice\n"
+        "as fast (46.3 ms): so what many gain over one fell."
     )
     print("\n".join(lines), *errors[:3], sep="\n")
     line = finish(
