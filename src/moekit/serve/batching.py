@@ -23,7 +23,7 @@ from moekit.errors import DataError, RecipeError, did_you_mean
 from moekit.families.caches import join, keep
 from moekit.families.resident import empty_cache
 from moekit.serve.device import held, trim
-from moekit.serve.engine import CHUNK_TOKENS, SLACK_BYTES, Engine
+from moekit.serve.engine import CHUNK_TOKENS, SLACK_BYTES, Engine, too_long
 from moekit.serve.sampling import Likelihood, Sampling, adjusted, choose, likelihood
 from moekit.serve.steering import Steering
 from moekit.serve.text import TextStream
@@ -109,16 +109,6 @@ class Group:
 
     past: Any
     texts: list[Text]
-
-
-def too_long(context: int, got: str) -> DataError:
-    """The error of a prompt that is empty or does not fit the context; got: its tokens."""
-    return DataError(
-        "a prompt of this length cannot be continued",
-        expected=f"1 to {context - 1:,} tokens",
-        got=got,
-        fix="shorten it, or start with a larger --context",
-    )
 
 
 class Batcher:

@@ -281,12 +281,7 @@ class Engine:
             CheckpointError: an expert cannot be read.
         """
         if not len(ids) or len(ids) >= self.context:
-            raise DataError(
-                "a prompt of this length cannot be continued",
-                expected=f"1 to {self.context - 1:,} tokens",
-                got=f"{len(ids):,}",
-                fix="shorten it, or start with a larger --context",
-            )
+            raise too_long(self.context, f"{len(ids):,}")
         settings = sampling or Sampling()
         generator = torch.Generator().manual_seed(settings.seed)
         past, ends = empty_cache(self.model), self.ends
@@ -373,3 +368,13 @@ class Engine:
             self.prefetcher.close()
         self.cache.close()
         self.store.close()
+
+
+def too_long(context: int, got: str) -> DataError:
+    """The error of a prompt that is empty or does not fit the context; got: its tokens."""
+    return DataError(
+        "a prompt of this length cannot be continued",
+        expected=f"1 to {context - 1:,} tokens",
+        got=got,
+        fix="shorten it, or start with a larger --context",
+    )

@@ -11,7 +11,8 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
-from moekit.serve.batching import Ask, News, Text, too_long
+from moekit.serve.batching import Ask, News, Text
+from moekit.serve.engine import too_long
 from moekit.serve.http.errors import ApiError, api_error
 from moekit.serve.http.schemas import ChatRequest, CompletionRequest, Request
 from moekit.serve.sampling import Sampling
