@@ -150,14 +150,17 @@ def prepared(layer: MoELayer, edits: Sequence[RouterEdit]) -> RouterTap | None:
 
 def _banned(edit: RouterEdit) -> Callable[[torch.Tensor], torch.Tensor]:
     """One ban, as `edited_logits` does it, with nothing that is the same for every token."""
-    mask_W, low = edit.experts, 0.0
-    dtype: torch.dtype | None = None
+    mask_W = edit.experts
+    low_W: torch.Tensor | None = None
 
     def changed(logits: torch.Tensor) -> torch.Tensor:
-        nonlocal mask_W, low, dtype
-        if logits.dtype != dtype or logits.device != mask_W.device:
-            dtype, low, mask_W = logits.dtype, torch.finfo(logits.dtype).min, mask_W.to(logits.device)
-        return logits.masked_fill(mask_W, low)
+        nonlocal low_W
+        if logits.dtype == torch.float16:  # whose lowest number is not far below what logits may be
+            return logits.masked_fill(mask_W.to(logits.device), torch.finfo(logits.dtype).min)
+        if low_W is None or logits.dtype != low_W.dtype or logits.device != low_W.device:
+            low_W = torch.zeros_like(mask_W, dtype=logits.dtype, device=logits.device)
+            low_W = low_W.masked_fill(mask_W.to(logits.device), torch.finfo(logits.dtype).min)
+        return logits + low_W  # a logit disappears beside the lowest number: the same, in half the time
 
     return changed
 

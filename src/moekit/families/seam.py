@@ -44,6 +44,7 @@ class RouterTap(TorchFunctionMode):
         self.logits: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._tapped: Any = None
+        self._place: tuple[dict[str, Any], str] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -60,7 +61,8 @@ class RouterTap(TorchFunctionMode):
         are, at every operation, which costs ten times as much.
         """
         alone = torch._C._len_torch_function_stack() == 0  # else somebody outside must see what the router computes
-        place = rows_of(router, self.width) if alone else None
+        self._place = self._place or rows_of(router, self.width)
+        place = self._place if alone else None
         if place is not None and not ((rows := place[0][place[1]]).requires_grad and torch.is_grad_enabled()):
             parameters, name = place
             if rows is not self._rows:
