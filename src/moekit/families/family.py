@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -198,12 +199,13 @@ class Family:
 
         table = torch.cat([factors_E, factors_E.new_ones(1)])  # id E: empty slot
         factors = {expert: x for expert, x in enumerate(factors_E.tolist()) if x != 1}
+        untouched = frozenset(factors).isdisjoint
 
         def before(_module: nn.Module, args: tuple) -> tuple | None:
             hidden, ids, weights = args[:3]
-            if ids.numel() <= FEW and ids.device.type == "cpu":  # tokens that are written one by one
+            if ids.is_cpu and ids.numel() <= FEW:  # tokens that are written one by one
                 rows = ids.tolist()
-                if all(factors.keys().isdisjoint(row) for row in rows):
+                if untouched(rows[0] if len(rows) == 1 else chain.from_iterable(rows)):
                     return None
                 if where is None and not weights.requires_grad:
                     few = [
