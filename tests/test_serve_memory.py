@@ -79,7 +79,7 @@ def test_a_budget_holds(model, tmp_path, monkeypatch):
 
 def test_sixteen_long_prompts_at_once_stay_within_the_budget(tmp_path):
     """`moekit serve` on refmoe: keys and values of prompts that join others, experts with every number of rows."""
-    pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn", reason="no server here: pip install 'moekit[serve]'")
     if not Path("/proc/self/status").exists():
         pytest.skip("the system does not tell a process's peak")
     store = pack(moekit.open("refmoe"), tmp_path / "refmoe")

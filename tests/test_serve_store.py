@@ -17,6 +17,7 @@ from moekit.families.resident import empty_cache, move
 from moekit.serve import packing
 from moekit.serve.cache import ExpertCache, slot_bytes
 from moekit.serve.engine import CHUNK_TOKENS, Engine
+from moekit.serve.experts import stored_experts
 from moekit.serve.forms import packed_expert, product, unpacked
 from moekit.serve.packing import pack
 from moekit.serve.policies import POLICIES, Sizes, policy_named
@@ -222,3 +223,18 @@ def test_a_model_moves_all_that_is_not_empty():
     move(model, torch.device("meta"))
     assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
     assert not any(x.requires_grad for x in model[0].parameters())
+
+
+def test_an_expert_that_a_token_has_twice_counts_twice(stores):
+    """As substitutes may bring about, and tables of fixed experts."""
+    engine = Engine(stores[16], context=64)
+    experts = engine.model.get_submodule(engine.layout.routed[0].experts_path)
+    x_TD = torch.randn(1, engine.layout.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids_TK, weights_TK = torch.tensor([[3, 5, 3, 7]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]]).bfloat16()
+    with torch.inference_mode():
+        alone = stored_experts(experts, x_TD, ids_TK, weights_TK)
+        beside = stored_experts(experts, x_TD.expand(2, -1), ids_TK.expand(2, -1), weights_TK.expand(2, -1))
+        once = stored_experts(experts, x_TD, torch.tensor([[3, 5, 99, 7]]), weights_TK)
+    assert torch.allclose(alone[0].float(), beside[0].float(), rtol=0.02, atol=1e-3)
+    assert not torch.allclose(alone, once, rtol=0.02, atol=1e-3)
+    engine.close()

@@ -76,7 +76,7 @@ def same(a: Path, b: Path) -> bool:
 
 def test_prune_merge_quantise_on_refmoe(tmp_path):
     """Every model of the chain is the plan applied live to the one before; the last is the result, for stock code."""
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="pip install 'moekit[quantize]'")
     recipe = Recipe.from_flags(
         model="refmoe",
         data={"python": str(refmoe.calibration()["python"])},
@@ -114,7 +114,7 @@ def test_prune_merge_quantise_on_refmoe(tmp_path):
 
 def test_every_kind_of_step_in_a_row(recipe, tmp_path):
     """Prune, merge, low rank, quantise, heal: each proven, the last for stock code, and told in one report."""
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="pip install 'moekit[quantize]'")
     kinds = ["mc-smoe rank=4 format=dense", "rtn-int8", "router-lstsq"]
     result = run(prepare(recipe(*THREE[:2], *kinds)))
     assert [x.plan.kind for x in result.steps] == ["prune", "merge", "factor", "quantize", "heal"]

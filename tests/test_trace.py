@@ -442,11 +442,11 @@ def test_ids_take_a_byte_where_they_fit():
 
 
 def test_parquet_is_read_by_others(traced, written, tmp_path):
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow", reason="pip install 'moekit[parquet]'")
     file = traced.to_parquet(tmp_path / "t.parquet")
     assert list(tmp_path.iterdir()) == [file]
     layer = traced.layer(2)
-    polars = pytest.importorskip("polars")
+    polars = pytest.importorskip("polars", reason="another reader of parquet: pip install polars")
     frame = polars.read_parquet(file)
     assert frame["token"].to_list() == traced.tokens()["id"].tolist()
     assert frame["domain"].to_list() == ["code"] * 36 + ["prose"] * 12
