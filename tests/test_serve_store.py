@@ -226,7 +226,7 @@ def test_a_model_moves_all_that_is_not_empty():
 
 
 def test_an_expert_that_a_token_has_twice_counts_twice(stores):
-    """As substitutes may bring about, and tables of fixed experts."""
+    """As tables of fixed experts may say."""
     engine = Engine(stores[16], context=64)
     experts = engine.model.get_submodule(engine.layout.routed[0].experts_path)
     x_TD = torch.randn(1, engine.layout.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
