@@ -55,7 +55,7 @@ def stored_experts(
     dtype = family.sum_dtype(hidden_TD.dtype, weights_TK.dtype)
     chosen = ids_TK[0].tolist() if len(hidden_TD) == 1 else []
     rank_of = {expert: rank for rank, expert in enumerate(chosen) if expert < experts.num_experts}
-    if chosen and len(rank_of) == sum(x < experts.num_experts for x in chosen):  # none twice, as fixed tables may have it
+    if chosen and len(rank_of) == sum(x < experts.num_experts for x in chosen):  # none twice (tables may have it)
         of_one = {}
         for expert, tensors in cache.run(experts._moekit_layer, sorted(rank_of)):
             of_one[expert] = _output(experts, tensors, hidden_TD) * weights_TK[:, rank_of[expert], None]
